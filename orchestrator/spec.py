@@ -1,15 +1,15 @@
 """What a sweep is: the resolved sweep file as frozen values.
 
-These types are plain and cheap to import, because every part of the running side reads them back from the plan's header.
+These types are plain and cheap to import: every part of the running side reads them back from the header of the plan.
 Reading a file, with every check and every position, is `orchestrator.sweepfile`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Literal, cast
 
-from orchestrator.store import Json
+from orchestrator.store import Json, JsonObject, canonical
 
 __all__ = ["Launch", "Metric", "Reduce", "Retries", "SweepSpec"]
 
@@ -109,16 +109,21 @@ class SweepSpec:
     Args:
         name: `[A-Za-z0-9._-]{1,64}`, not starting with a dash or a dot.
         method: how trials are chosen.
-        program: `train.py`, `train.py:function` or `package.module:function`; exactly one of `program` and `command` works.
-        command: argument list of a program that knows nothing of us, with W&B's macros (`${program}`, `${args}`, ...).
+        metric: the objective.
+        program: `train.py`, `train.py:function` or `package.module:function`; None with a `command`.
+        command: argument list of a program that knows nothing of us, with W&B's macros (`${args}`, `${env}`, ...);
+            `${program}` is already replaced.
         parameters: name to W&B parameter as in the file; nested `parameters` stay nested.
+        description: a sentence for the reader.
         zip: groups of parameter names whose `values` advance together instead of crossing (grid), by dotted path.
-        run_cap: number of trials at most (grid), or exactly (random; then required).
-        repeats: how often each configuration is run, with another seed each time.
+        run_cap: number of trials, repeats counted: at most (grid), or exactly (random; then required).
+        repeats: how often each configuration is run, with another seed each time; trial i is repeat i % repeats of
+            configuration i // repeats.
         seed: seed of the sweep; parameters and seed of trial i depend on it and on i alone.
         env: environment variables of the workers.
         slurm: sbatch's own long option names, without dashes, passed on as they are.
-        top: see `Reduce`.
+        launch: how workers start.
+        reduce: how results are merged.
     """
 
     name: str
@@ -136,3 +141,48 @@ class SweepSpec:
     slurm: dict[str, Json] = field(default_factory=dict)
     launch: Launch = field(default_factory=Launch)
     reduce: Reduce = field(default_factory=Reduce)
+
+    def to_json(self) -> JsonObject:
+        """The spec as JSON; `from_json` gives it back."""
+        return cast("JsonObject", _plain(self))
+
+    @classmethod
+    def from_json(cls, value: JsonObject) -> SweepSpec:
+        """The spec that `to_json` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: `value` is not what `to_json` gives.
+        """
+        command = cast("list[str] | None", value["command"])
+        launch, reduce = cast("JsonObject", value["launch"]), cast("JsonObject", value["reduce"])
+        typed: dict[str, object] = {
+            **value,
+            "metric": Metric(**cast("dict[str, str]", value["metric"])),  # type: ignore[arg-type]  # as to_json wrote it
+            "command": None if command is None else tuple(command),
+            "zip": tuple(tuple(group) for group in cast("list[list[str]]", value["zip"])),
+            "launch": _launch(launch),
+            "reduce": Reduce(**reduce),  # type: ignore[arg-type]  # as to_json wrote it
+        }
+        return cls(**typed)  # type: ignore[arg-type]  # as to_json wrote it
+
+    def identity(self) -> bytes:
+        """What makes this sweep another one than others: canonical JSON of all but the options handed to sbatch."""
+        value = self.to_json()
+        del value["slurm"]
+        cast("JsonObject", value["reduce"]).pop("slurm")
+        return canonical(value)
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _launch(value: JsonObject) -> Launch:
+    typed: dict[str, object] = {
+        **value,
+        "modules": tuple(cast("list[str]", value["modules"])),
+        "retries": Retries(**cast("dict[str, int]", value["retries"])),
+    }
+    return Launch(**typed)  # type: ignore[arg-type]  # as to_json wrote it

@@ -1,17 +1,18 @@
 """Durable files: atomic write, exclusive create, checked append, tolerant read.
 
-A file is written as temporary file in the same folder, fsync, rename, fsync of the folder, so a reader (or a power cut) sees
-the old state or the new one. A file that grows is written by one process only, each line carrying a checksum over its own
-bytes, so a torn or zeroed line is recognised and the lines around it stay good.
+A file is written as temporary file in the same folder, fsync, rename, fsync of the folder, so a reader (or a power cut)
+sees the old state or the new one. A file that grows is written by one process only, each line carrying a checksum over
+its own bytes, so a torn or zeroed line is recognised and the lines around it stay good.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -19,7 +20,20 @@ import orjson
 
 from orchestrator.errors import OrcError
 
-__all__ = ["AppendFile", "Json", "JsonObject", "canonical", "checked", "create", "lines", "unchecked", "write"]
+__all__ = [
+    "AppendFile",
+    "Json",
+    "JsonObject",
+    "canonical",
+    "checked",
+    "create",
+    "intact",
+    "lines",
+    "sync_folder",
+    "unchecked",
+    "write",
+    "write_lines",
+]
 
 Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
 JsonObject: TypeAlias = "dict[str, Json]"
@@ -41,16 +55,22 @@ def checked(value: JsonObject) -> bytes:
     return b"%b%b%d}\n" % (body, _CRC, zlib.crc32(body))
 
 
-def unchecked(line: bytes) -> JsonObject | None:
-    """The object of a `checked` line, given without its newline; None when a single bit of it is not as it was written."""
+def intact(line: bytes) -> bool:
+    """Whether `line`, given without its newline, is a `checked` line of which no bit has changed."""
     body, found, tail = line.rpartition(_CRC)
-    if not found or tail[-1:] != b"}" or tail[:-1] != b"%d" % zlib.crc32(body):
+    return bool(found) and tail == b"%d}" % zlib.crc32(body)
+
+
+def unchecked(line: bytes) -> JsonObject | None:
+    """The object of a `checked` line, given without its newline; None when it is not `intact`."""
+    if not intact(line):
         return None
     value: JsonObject = orjson.loads(line)
     return value
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Return once the names in `folder` are on the disk: a new file or a rename is durable only then."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -68,21 +88,32 @@ def write(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace `path` by `data`: after a crash at any point it holds the old bytes or the new ones.
 
     Raises:
-        OrcError: the disk is full, the quota is spent, or the folder is not writable; names the path. Nothing is left behind.
+        OrcError: the disk is full, the quota is spent, or the folder is not writable; names the path. Nothing is left
+            behind.
+    """
+    write_lines(path, (data,), mode=mode)
+
+
+def write_lines(path: Path, pieces: Iterable[bytes], *, mode: int = 0o600) -> None:
+    """`write` what `pieces` give one after the other, never holding more than a mebibyte of them.
+
+    Raises:
+        OrcError: as `write`. Whatever `pieces` raises leaves nothing behind, too.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            _write_all(handle, data)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(handle, "wb", buffering=2**20) as file:
+            file.writelines(pieces)
+            file.flush()
             os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.rename(temporary, path)
-        _sync_folder(path.parent)
+        temporary.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OrcError(f"{path}: can't be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def create(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
@@ -110,7 +141,7 @@ def _link(temporary: Path, path: Path, data: bytes) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         # An NFS client that repeats a lost answer reports our own success as "exists".
-        return os.stat(temporary).st_nlink == 2 and path.read_bytes() == data
+        return temporary.stat().st_nlink == 2 and path.read_bytes() == data
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
@@ -134,11 +165,12 @@ def _create_without_links(path: Path, data: bytes) -> bool:
 class AppendFile:
     """A file of `checked` lines with a single writer, created exclusively and never reopened.
 
-    `append` hands lines to the kernel at once, so the death of this process loses nothing; `sync` makes them survive the
-    death of the machine.
+    `append` hands lines to the kernel at once, so the death of this process loses nothing; `sync` makes them survive
+    the death of the machine.
 
     Raises:
-        OrcError: from every method, when a write fails or is short; the file must then be abandoned, since its last line may
+        OrcError: from every method, when a write fails or is short; the file must then be abandoned, since its last
+            line may
             be torn.
     """
 
@@ -146,7 +178,7 @@ class AppendFile:
         self.path = path
         try:
             self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise OrcError(f"{path}: can't be created: {error.strerror}") from error
         self._unsynced = False

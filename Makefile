@@ -1,0 +1,58 @@
+# make demo    a real sweep on this machine, from nothing to the best models
+# make test    every test, with a real Slurm (installed from the system's packages where that is possible)
+# make check   format, lint, types and the tests that need no Slurm, in under a minute
+# make soak    the tests that take minutes
+# make bench   how fast it is, beside its alternatives
+
+SHELL := /bin/bash
+PYTHON ?= python3
+# Slurm's daemons, and munge's, are not on every user's PATH.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+BIN := .venv/bin
+STAMP := .venv/installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+SLURM_PROGRAMS := sbatch srun slurmctld slurmd munged shellcheck
+
+.PHONY: demo test check soak bench environment slurm
+
+demo: environment
+	$(BIN)/orc run jobs/digits_mlp.yaml
+
+test: environment slurm
+	$(PYTEST) -m "not soak"
+
+check: environment
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -m "not slurm and not soak" --ignore tests/slurm
+
+soak: environment slurm
+	$(BIN)/pytest -m soak
+
+bench: environment
+	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python "$$script" || exit; done
+
+environment: $(STAMP)
+
+# torch comes first and alone, so that a machine with a build of its own choosing gets that one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo "'$(PYTHON)' can't make environments: on Debian, apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing into .venv; the first time takes minutes."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+slurm:
+	@missing=; for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
+	if [ -z "$$missing" ]; then exit; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge shellcheck && exit; \
+	fi; \
+	echo "Slurm is missing and can't be installed here (that takes root and apt-get): its tests are skipped."

@@ -1,0 +1,158 @@
+"""The children of a supervisor: one worker process a slot, forked from a preloaded parent where that is safe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.channel import Channel
+from orchestrator.errors import ProgramError
+from orchestrator.paths import SweepPaths
+from orchestrator.store import JsonObject
+
+__all__ = ["Children", "Exited", "Worker"]
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker process.
+
+    Args:
+        slot: its number among this supervisor's workers.
+        channel: to it.
+        pid: its process id; None until it is known.
+        process: set when it is a direct child of ours.
+    """
+
+    slot: int
+    channel: Channel
+    pid: int | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; one that is gone is left alone, since its parent has not reaped it before telling us."""
+        if self.pid is not None:
+            os.kill(self.pid, number)
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A worker process has ended, with this wait status."""
+
+    slot: int
+    status: int
+
+
+class Children:
+    """Starts workers and tells how they ended.
+
+    The preloaded parent starts with this object and imports while the supervisor goes on; workers can be started once
+    `ready` is true.
+
+    Args:
+        paths: the sweep.
+        environment: of every child.
+    Raises:
+        ProgramError: from `poll`, when the program can't be imported here; carries its own error.
+    """
+
+    def __init__(self, paths: SweepPaths, environment: dict[str, str]) -> None:
+        self._paths = paths
+        self._environment = environment
+        self.workers: dict[int, Worker] = {}
+        self.ready = False
+        self._forks = True
+        self._server, self.channel = self._spawn()
+
+    def _spawn(self, *extra: str) -> tuple[subprocess.Popen[bytes], Channel]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-P", "-m", "orchestrator.forkserver"),
+                    *("--dir", str(self._paths.root), "--fd", str(theirs.fileno()), *extra),
+                ],
+                stdin=subprocess.DEVNULL,
+                env=self._environment,
+                pass_fds=[theirs.fileno()],
+            )
+        return process, Channel(ours)
+
+    def start(self, slot: int) -> Worker:
+        """Start the worker of `slot`; there must be none."""
+        assert self.ready
+        assert slot not in self.workers
+        self.workers[slot] = self._fork(slot) if self._forks else self._start_fresh(slot)
+        return self.workers[slot]
+
+    def _fork(self, slot: int) -> Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.channel.send({"fork": slot}, (theirs.fileno(),))
+        return Worker(slot, Channel(ours))
+
+    def _start_fresh(self, slot: int) -> Worker:
+        process, channel = self._spawn("--fresh")
+        return Worker(slot, channel, process.pid, process)
+
+    def poll(self) -> Iterator[Exited]:
+        """Take the news from the preloaded parent, after its channel became readable; yields the workers that ended."""
+        for message in self.channel.receive():
+            if "broken" in message:
+                raise ProgramError(f"the program can't be imported on this machine: {message['broken']}")
+            if "ready" in message:
+                self.ready, self._forks = True, bool(message["fork"])
+            elif "forked" in message:
+                self._note_pid(message)
+            elif "exited" in message:
+                yield Exited(int(str(message["exited"])), int(str(message["status"])))
+        if self.channel.closed and self._forks:
+            raise ProgramError(f"the process that imports the program {self._server_end()} before any trial could run")
+
+    def _note_pid(self, message: JsonObject) -> None:
+        worker = self.workers.get(int(str(message["forked"])))
+        if worker is not None:
+            worker.pid = int(str(message["pid"]))
+
+    def _server_end(self) -> str:
+        code = self._server.wait()
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+
+    def reap(self) -> Iterator[Exited]:
+        """Direct children that have ended, after a SIGCHLD."""
+        for worker in list(self.workers.values()):
+            if worker.process is not None and worker.process.poll() is not None:
+                code = worker.process.returncode
+                yield Exited(worker.slot, -code if code < 0 else code << 8)
+
+    def forget(self, slot: int) -> None:
+        """The worker of `slot` has ended and its channel is read to the end."""
+        self.workers.pop(slot).channel.close()
+
+    def stop(self, grace_s: float = 2.0) -> None:
+        """End every worker and the preloaded parent, and wait for them."""
+        for worker in self.workers.values():
+            worker.channel.close()
+        self.channel.close()
+        for process in [self._server, *(worker.process for worker in self.workers.values() if worker.process)]:
+            try:
+                process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def memory_kills() -> int:
+    """How many processes of our control group the kernel has killed for want of memory; 0 where it doesn't tell."""
+    try:
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        events = (Path("/sys/fs/cgroup") / group / "memory.events").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")), 0)

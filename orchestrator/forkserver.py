@@ -1,0 +1,158 @@
+"""The preloaded parent of warm workers: imports once what every trial needs, then forks.
+
+    python -P -m orchestrator.forkserver --dir SWEEP --fd N
+
+Importing torch, its optimizers and the job costs seconds; a fork costs milliseconds and shares the memory. Forking is
+safe only while this process has a single thread and no CUDA context, so both are checked after the imports; otherwise
+the parent says so and the supervisor starts every worker as a process of its own (`--fresh`). Messages, over
+`orchestrator.channel`:
+
+    to us      {"fork": slot} with the worker's end of its channel as a file descriptor
+    from us    {"ready": true, "fork": bool}  or  {"broken": text} when the program can't be imported
+               {"forked": slot, "pid": pid}, later {"exited": slot, "status": wait status}
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.channel import Channel
+from orchestrator.paths import SweepPaths
+from orchestrator.plan import PlanFile
+
+__all__ = ["main"]
+
+_PR_SET_PDEATHSIG = 1
+_NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+Serve = Callable[[Channel], None]
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, its parent, ends: a killed supervisor leaves nothing behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def load(paths: SweepPaths) -> Serve:
+    """Import all that trials of this sweep need; returns the function that serves them in a worker."""
+    spec = PlanFile.open(paths.plan).spec
+    if spec.command is not None:
+        from orchestrator import command
+
+        return command.server(paths, spec)
+    from orchestrator import worker
+
+    return worker.server(paths, spec)
+
+
+def forkable() -> bool:
+    """Whether a fork of this process is safe: one thread, no CUDA context."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return False
+    return len(list(Path("/proc/self/task").iterdir())) == 1
+
+
+class ForkServer:
+    """Forks a worker for each request and reports how it ended.
+
+    Args:
+        channel: to the supervisor.
+        serve: what a worker runs, given its own channel.
+    """
+
+    def __init__(self, channel: Channel, serve: Serve) -> None:
+        self._channel = channel
+        self._serve = serve
+        self._slots: dict[int, int] = {}
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def run(self) -> None:
+        """Serve until the supervisor closes its end."""
+        while not self._channel.closed:
+            ready, _, _ = select.select([self._channel.fileno(), self._wake_read], [], [])
+            if self._wake_read in ready:
+                self._reap()
+            if self._channel.fileno() in ready:
+                messages, fds = self._channel.receive_with_fds()
+                for message, fd in zip(messages, fds, strict=True):
+                    self._fork(int(str(message["fork"])), fd)
+
+    def _fork(self, slot: int, fd: int) -> None:
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(parent, fd)
+        os.close(fd)
+        self._slots[pid] = slot
+        self._channel.send({"forked": slot, "pid": pid})
+
+    def _become_worker(self, parent: int, fd: int) -> None:
+        status = 1
+        try:
+            die_with_parent(parent)
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._channel.close()
+            self._serve(Channel.from_fd(fd))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def _reap(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 4096):
+                pass
+        while self._slots:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            self._channel.send({"exited": self._slots.pop(pid), "status": status})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of the process."""
+    # Before anything slow: srun and Slurm send notices to every process of a step. This one ignores them.
+    for number in _NOTICES:
+        signal.signal(number, signal.SIG_IGN)
+    parser = argparse.ArgumentParser(prog="orchestrator.forkserver")
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--fresh", action="store_true", help="serve here instead of forking")
+    options = parser.parse_args(arguments)
+    die_with_parent(os.getppid())
+    channel = Channel.from_fd(options.fd)
+    try:
+        serve = load(SweepPaths(options.dir))
+    except BaseException as error:
+        traceback.print_exc()
+        channel.send({"broken": f"{type(error).__name__}: {error}"})
+        raise SystemExit(1) from None
+    if options.fresh:
+        serve(channel)
+        return
+    can_fork = forkable()
+    channel.send({"ready": True, "fork": can_fork})
+    if can_fork:
+        ForkServer(channel, serve).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""One submission on its way to Slurm or to this machine, part by part, with the ledger ahead of every step.
+
+    Handover(paths=paths, spec=spec, submission=submission).run()     hands over every part that isn't handed over
+
+A part is announced, handed over, and noted. Whatever dies between two of these leaves a part in doubt, which the next
+`Handover` of the same submission looks up by its token before it tries again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from orchestrator import ledger, local, slurm, store
+from orchestrator.errors import OrcError, SbatchRejected, UsageError
+
+if TYPE_CHECKING:
+    from orchestrator.ledger import Part, Submission
+    from orchestrator.paths import SweepPaths
+    from orchestrator.render import ReducerRequest
+    from orchestrator.spec import SweepSpec
+
+__all__ = ["LOCAL", "REDUCER", "Handover", "render", "request"]
+
+REDUCER = "reducer"
+LOCAL = "local"
+
+
+@dataclass(slots=True, kw_only=True)
+class Handover:
+    """One submission on its way. The ledger is the truth; `submission` is what it says.
+
+    Args:
+        paths: of the sweep.
+        spec: with the sbatch options that are wanted now.
+        submission: with the layout that is wanted now.
+        retry_failed: whether its workers try failed trials again.
+        patience: with Slurm.
+        is_continued: an earlier command has begun it.
+        rows: the queue, once it was asked for.
+        notes: for the user.
+    """
+
+    paths: SweepPaths
+    spec: SweepSpec
+    submission: Submission
+    retry_failed: bool = False
+    patience: slurm.Patience = slurm.PATIENCE
+    is_continued: bool = False
+    rows: list[slurm.JobRow] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def run(self) -> Submission:
+        """Hand over every part that isn't handed over, and return what the submission has become.
+
+        Raises:
+            SbatchRejected: sbatch refused a part; parts before it stay handed over, and the text says so.
+            SlurmUnreachable: no Slurm, or no answer; the same call completes the submission later.
+            UsageError: it was cancelled meanwhile.
+        """
+        num_wanted = self.submission.num_workers
+        while part := next((part for part in self.submission.parts if not part.is_done), None):
+            if ledger.is_cancelled(self.paths, self.submission.token):
+                raise UsageError(f"{self.paths.id}: was cancelled; `orc resume {self.paths.id}` starts it again")
+            if self.submission.on == "local":
+                self._start(part)
+            else:
+                self._hand_to_slurm(part)
+        if self.submission.num_workers < num_wanted:
+            self.notes.append(
+                f"{self.submission.num_workers} workers instead of {num_wanted}, since Slurm limits how many jobs you "
+                "may have in the queue; the trials are the same"
+            )
+        return self.submission
+
+    # This machine
+
+    def _start(self, part: Part) -> None:
+        token = self.submission.token
+        if part.is_in_doubt and self.submission.host != socket.gethostname():
+            raise OrcError(f"{self.paths.id}: is being submitted on {self.submission.host}; run the same command there")
+        found = local.find(token) if part.is_in_doubt else []
+        if not found:
+            self._announce(part, script=None)
+            argv = _supervisor(self.paths, token, part.num_workers)
+            log = self.paths.logs / f"local-{token[:8]}.log"
+            found = [local.start(argv, log=log, env=_environment(), cwd=self.paths.root)]
+        self._note_result(part, process=found[0])
+
+    # Slurm
+
+    def _hand_to_slurm(self, part: Part) -> None:
+        name = self._request(part).job_name
+        row = self._look_up(part) if part.is_in_doubt else None
+        job = slurm.JobId(id=row.array_job_id, cluster=row.cluster) if row else self._sbatch(part)
+        if job is not None:
+            self._note_result(part, job=job, name=name)
+
+    def _look_up(self, part: Part) -> slurm.JobRow | None:
+        comment = ledger.comment_of(self.submission.token, part.what)
+        return next((row for row in self._queue() if row.comment == comment), None)
+
+    def _queue(self) -> list[slurm.JobRow]:
+        if self.rows is None:
+            self.rows = slurm.queue(patience=self.patience)
+        return self.rows
+
+    def _sbatch(self, part: Part) -> slurm.JobId | None:
+        """The job, or None when the part has to be tried again with fewer workers."""
+        script = self.paths.script(_script_name(part, self.submission.epoch))
+        store.write(script, render(self._request(part)), mode=0o700)
+        self._announce(part, script=script.name)
+        comment = ledger.comment_of(self.submission.token, part.what)
+        dependency = self._dependency() if part.what == REDUCER else None
+        try:
+            return slurm.sbatch(script, comment=comment, dependency=dependency, patience=self.patience)
+        except SbatchRejected as error:
+            ledger.append(self.paths, ledger.rejected(self.submission.token, part.what, str(error)))
+            self._shrink(part, error)
+            return None
+
+    def _dependency(self) -> str | None:
+        """After every array of workers; those that an earlier command submitted count only while Slurm knows them."""
+        jobs = [part.job for part in self.submission.parts if part.job is not None]
+        if self.is_continued:
+            known = {row.array_job_id for row in self._queue() if row.is_live}
+            jobs = [job for job in jobs if job in known]
+        return f"afterany:{':'.join(jobs)}" if jobs else None
+
+    def _request(self, part: Part) -> ReducerRequest:
+        num_arrays = sum(other.what != REDUCER for other in self.submission.parts)
+        return request(self.paths, self.spec, self.submission, part, num_arrays=num_arrays)
+
+    def _shrink(self, part: Part, error: SbatchRejected) -> None:
+        """Lay the submission out with fewer workers, if that is what sbatch minds.
+
+        Raises:
+            SbatchRejected: it is not, or there is nothing left to take away.
+        """
+        accepted = tuple(other for other in self.submission.parts if other.is_done)
+        if part.what == REDUCER and accepted:
+            raise SbatchRejected(_without_reducer(accepted, error)) from error
+        if part.what == REDUCER or not slurm.is_over_limit(error):
+            raise error
+        count = self._fewer(part)
+        if count < 1 and not accepted:
+            raise error
+        fewer = (replace(part, num_workers=count, asked=True, error=str(error)),) if count else ()
+        reducer = tuple(other for other in self.submission.parts if other.what == REDUCER)
+        self.submission = replace(self.submission, parts=(*accepted, *fewer, *reducer))
+
+    def _fewer(self, part: Part) -> int:
+        """The next smaller number of workers to try: what the limit leaves, less one for the reducer; or half."""
+        limit = slurm.submit_limit(patience=self.patience)
+        if limit is None:
+            return part.num_workers // 2
+        self.rows = None
+        taken = sum(row.is_live for row in self._queue())
+        return max(0, min(part.num_workers - 1, limit - taken - 1))
+
+    # The ledger
+
+    def _announce(self, part: Part, script: str | None) -> None:
+        entry = ledger.intent(self.submission, part.what, script=script, retry_failed=self.retry_failed)
+        ledger.append(self.paths, entry)
+
+    def _note_result(
+        self, part: Part, *, process: local.Process | None = None, job: slurm.JobId | None = None, name: str = ""
+    ) -> None:
+        token = self.submission.token
+        if process is not None:
+            entry = ledger.submitted_process(token, part.what, process)
+            done = replace(part, process=process)
+        else:
+            assert job is not None
+            entry = ledger.submitted_job(
+                token, part.what, job=job.id, cluster=job.cluster, name=name, time_s=round(time.time(), 3)
+            )
+            done = replace(part, job=job.id, cluster=job.cluster, name=name)
+        ledger.append(self.paths, entry)
+        parts = tuple(done if other.what == part.what else other for other in self.submission.parts)
+        self.submission = replace(self.submission, parts=parts)
+
+
+def request(
+    paths: SweepPaths, spec: SweepSpec, submission: Submission, part: Part, *, num_arrays: int
+) -> ReducerRequest:
+    """What the script of `part` needs.
+
+    Raises:
+        UsageError: a path or an option that a script can't say.
+    """
+    from orchestrator.render import ReducerRequest, WorkersRequest
+
+    if part.what == REDUCER:
+        return ReducerRequest(
+            spec=spec,
+            sweep_id=paths.id,
+            root=str(paths.root),
+            python=sys.executable,
+            token=submission.token,
+            epoch=submission.epoch,
+        )
+    return WorkersRequest(
+        spec=spec,
+        sweep_id=paths.id,
+        root=str(paths.root),
+        python=sys.executable,
+        token=submission.token,
+        epoch=submission.epoch,
+        num_workers=part.num_workers,
+        first_worker=part.first_worker,
+        num_arrays=num_arrays,
+    )
+
+
+def render(wanted: ReducerRequest) -> bytes:
+    """The script's bytes."""
+    from orchestrator.render import WorkersRequest, render_reducer, render_workers
+
+    text = render_workers(wanted) if isinstance(wanted, WorkersRequest) else render_reducer(wanted)
+    return text.encode()
+
+
+def _script_name(part: Part, epoch: int) -> str:
+    """Later epochs keep the scripts of earlier ones: they are what was handed to sbatch."""
+    return part.what if epoch == 0 else f"{part.what}.{epoch}"
+
+
+def _without_reducer(accepted: tuple[Part, ...], error: SbatchRejected) -> str:
+    jobs = ", ".join(str(part.job) for part in accepted)
+    return (
+        f"{error}\nThe workers are submitted (job {jobs}) and will do every trial; only the reducer is missing. Run "
+        "the same command again to submit just the reducer; results can be read at any time without it"
+    )
+
+
+def _supervisor(paths: SweepPaths, token: str, slots: int) -> list[str]:
+    argv = [sys.executable, "-P", "-m", "orchestrator.supervisor", "work", "--dir", str(paths.root)]
+    return [*argv, "--submission", token, "--slots", str(slots), "--then-reduce"]
+
+
+def _environment() -> dict[str, str]:
+    """Of a supervisor on this machine: not in any job, and with search paths that mean the same in its folder."""
+    env = slurm.outside()
+    if search := env.get("PYTHONPATH"):
+        env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in search.split(os.pathsep))  # noqa: PTH100
+    return env

@@ -1,0 +1,138 @@
+"""A user's job: how its file becomes a module, and whether it can.
+
+load_job(code, "train.py")                       imported from a folder that comes first on sys.path
+check(code, "train.py", timeout_s=60)            the same in a process of its own, with a time limit
+
+python -P -m orchestrator.job --code DIR --program PROGRAM       what `check` starts
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from orchestrator.errors import ProgramError
+
+__all__ = ["Job", "check", "load_job", "preload"]
+
+_SHOWN_LINES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A user's job: its module, and its training function."""
+
+    module: ModuleType
+    train: Callable[..., object]
+
+    @property
+    def build(self) -> Callable[..., object] | None:
+        """The module's `build`, if it has one."""
+        found = getattr(self.module, "build", None)
+        return found if callable(found) else None
+
+
+def load_job(code: Path, program: str) -> Job:
+    """Import a job from a code snapshot, which comes first on `sys.path`.
+
+    Args:
+        code: the snapshot's folder.
+        program: `file.py`, `file.py:function` or `package.module:function`; files relative to `code`.
+
+    Raises:
+        Exception: whatever importing it raises; AttributeError when it has no such function.
+    """
+    sys.dont_write_bytecode = True  # the snapshot is read-only, and root would write into it all the same
+    target, _, function = program.partition(":")
+    if target.endswith(".py"):
+        module = _import_file(code, code / target)
+    else:
+        sys.path.insert(0, str(code))
+        module = importlib.import_module(target)
+    train = getattr(module, function or "train")
+    if not callable(train):
+        raise TypeError(f"{program}: {function or 'train'} is not a function")
+    return Job(module, train)
+
+
+def _import_file(code: Path, path: Path) -> ModuleType:
+    sys.path[:0] = [str(path.parent), str(code)] if path.parent != code else [str(code)]
+    name = path.stem if path.stem not in sys.modules else f"job_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def preload(job: Job) -> None:
+    """Do once, before forking, what every trial would do by itself: `preload()` of the job, torch's lazy imports."""
+    source = getattr(job.module, "__file__", None)
+    if source and "optim" in Path(source).read_text(errors="replace"):
+        import torch._dynamo  # noqa: F401  # the first optimizer imports it, which takes a second
+    prepare = getattr(job.module, "preload", None)
+    if callable(prepare):
+        prepare()
+
+
+def check(code: Path, program: str, *, timeout_s: float) -> None:
+    """Import a job in a process of its own, so that nothing of it can harm this one.
+
+    Args:
+        code: the folder that a snapshot would be taken of.
+        program: as for `load_job`.
+        timeout_s: how long it may take, in seconds.
+
+    Raises:
+        ProgramError: it can't be imported, or not in time; the text ends with its own error.
+    """
+    argv = [sys.executable, "-P", "-m", "orchestrator.job", "--code", str(code), "--program", program]
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise ProgramError(
+            f"{program}: importing it took longer than {timeout_s:.0f} s; move slow work out of the module's top level, "
+            "or raise launch.import_timeout_s"
+        ) from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()[-_SHOWN_LINES:]
+        raise ProgramError(f"{program}: it can't be imported:\n" + "\n".join(f"    {line}" for line in said))
+
+
+def _own_frames(error: BaseException) -> list[str]:
+    """The traceback without the frames of this package, which are none of the user's business."""
+    here = str(Path(__file__).parent)
+    kept = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename, here)]
+    return [*traceback.format_list(kept), *traceback.format_exception_only(error)]
+
+
+def _is_ours(filename: str, here: str) -> bool:
+    return (filename.startswith(here) and "/jobs/" not in filename) or filename.startswith("<frozen importlib")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the process; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="orchestrator.job")
+    parser.add_argument("--code", type=Path, required=True)
+    parser.add_argument("--program", required=True)
+    options = parser.parse_args(arguments)
+    try:
+        load_job(options.code, options.program)
+    except BaseException as error:
+        sys.stderr.writelines(_own_frames(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Records: what one process start saw, one line at a time, in a file of its own.
+
+    writer    who writes: submission, job, host, versions; always the first line
+    start     an attempt at a trial; durable before the user's code runs
+    report    metrics at a step
+    outcome   complete, diverged, pruned or failed, with the payload that counts
+    end       an attempt that ended without an outcome, and its cause
+    notice    a signal that arrived, and what was done about it
+    beat      nothing new, but still alive
+
+A line is data and never changes. Which outcome of a trial counts is decided when reading (`fold`), so duplicates do no
+harm.
+"""
+
+from __future__ import annotations
+
+import enum
+import secrets
+import time
+from collections.abc import Callable
+
+from orchestrator.errors import OrcError
+from orchestrator.paths import SweepPaths
+from orchestrator.store import AppendFile, Json, JsonObject
+
+__all__ = ["Cause", "RecordWriter", "Status", "end", "notice", "outcome", "report", "start"]
+
+SYNC_AGE_S = 0.5
+"""Longest time that an outcome waits for the disk, in seconds."""
+
+
+class Status(enum.StrEnum):
+    """What a trial came to. The order is that of the join: the first found wins."""
+
+    COMPLETE = "complete"
+    DIVERGED = "diverged"
+    PRUNED = "pruned"
+    FAILED = "failed"
+
+
+class Cause(enum.StrEnum):
+    """Why an attempt ended without an outcome, or why a trial failed."""
+
+    ERROR = "error"
+    SIGNAL = "signal"
+    MEMORY = "out of memory"
+    TIMEOUT = "timeout"
+    PREEMPTED = "preempted"
+    CANCELLED = "cancelled"
+    NODE_FAILURE = "node failure"
+    UNKNOWN = "unknown"
+
+
+def start(*, trial: int, attempt: int) -> JsonObject:
+    """An attempt at `trial` (its index), the `attempt`-th from 0.
+
+    The starts of a block are written together, in the order in which its trials run: of those without outcome or end,
+    the first ones, as many as the writer has slots, are those that were running.
+    """
+    return {"kind": "start", "trial": trial, "attempt": attempt}
+
+
+def report(*, trial: int, attempt: int, step: int, metrics: JsonObject) -> JsonObject:
+    """Metrics at a step of a trial."""
+    return {"kind": "report", "trial": trial, "attempt": attempt, "step": step, "metrics": metrics}
+
+
+def outcome(*, trial: int, attempt: int, status: Status, payload: JsonObject, seconds: float) -> JsonObject:
+    """The outcome of a trial. `payload` is what counts: it holds no clock, host, path or attempt."""
+    return {
+        "kind": "outcome",
+        "trial": trial,
+        "attempt": attempt,
+        "status": status.value,
+        "payload": payload,
+        "seconds": round(seconds, 4),
+    }
+
+
+def end(*, trial: int, attempt: int, cause: Cause, detail: str) -> JsonObject:
+    """An attempt that ended without an outcome, such as by a signal; `detail` says which."""
+    return {"kind": "end", "trial": trial, "attempt": attempt, "cause": cause.value, "detail": detail}
+
+
+def notice(*, signal: str, state: str, action: str) -> JsonObject:
+    """A signal that asked the writer to leave, what Slurm said of the job then, and what was done."""
+    return {"kind": "notice", "signal": signal, "state": state, "action": action}
+
+
+class RecordWriter:
+    """The record file of this process start.
+
+    Lines reach the kernel at once and the disk within `SYNC_AGE_S`; `durable=True` waits for the disk. After a failed
+    or short write the file is abandoned and another one is started, so a torn line is always the last of its file.
+
+    Args:
+        paths: the sweep.
+        identity: what the first line says of this process besides its kind and writer id.
+        beat_s: a beat is written after this many seconds without another line.
+    Raises:
+        OrcError: also the replacement could not be written (disk full, folder gone); names the path.
+    """
+
+    def __init__(
+        self,
+        paths: SweepPaths,
+        identity: JsonObject,
+        *,
+        beat_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._paths = paths
+        self._identity = identity
+        self._beat_s = beat_s
+        self._clock = clock
+        self._dirty_since: float | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self.writer = secrets.token_hex(16)
+        self._file = AppendFile(self._paths.record(self.writer))
+        self._file.append({"kind": "writer", "writer": self.writer, **self._identity})
+        self._file.sync()
+        self._last_line = self._clock()
+
+    def append(self, *lines: JsonObject, durable: bool = False) -> None:
+        """Write lines; with `durable`, return once they are on the disk."""
+        if not lines:
+            return
+        try:
+            self._append(lines, durable)
+        except OrcError:
+            self._open()
+            self._append(lines, durable)
+
+    def _append(self, lines: tuple[JsonObject, ...], durable: bool) -> None:
+        self._file.append(*lines)
+        self._last_line = self._clock()
+        if durable:
+            self.sync()
+        elif self._dirty_since is None:
+            self._dirty_since = self._last_line
+
+    def sync(self) -> None:
+        """Return once every line is on the disk."""
+        self._file.sync()
+        self._dirty_since = None
+
+    def tick(self) -> float:
+        """Do what is due: sync old lines, beat when silent. Returns the seconds until something is due again."""
+        now = self._clock()
+        if self._dirty_since is not None and now - self._dirty_since >= SYNC_AGE_S:
+            self.sync()
+        if now - self._last_line >= self._beat_s:
+            self.append({"kind": "beat"})
+        until_beat = self._last_line + self._beat_s - now
+        return until_beat if self._dirty_since is None else min(until_beat, self._dirty_since + SYNC_AGE_S - now)
+
+    def close(self) -> None:
+        """Make everything durable."""
+        self._file.close()
+
+
+def as_index(value: Json) -> int:
+    """A trial index or attempt from a record; -1 when it isn't a number."""
+    return value if isinstance(value, int) else -1

@@ -1,0 +1,110 @@
+"""What a person reads: answers as text, aligned, without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import orjson
+
+from orchestrator.store import Json
+from orchestrator.sweep import Best, Standing, Sweep
+
+__all__ = ["best", "standing", "summary", "table"]
+
+
+def number(value: Json) -> str:
+    """A number as a person reads it: six significant digits; others as JSON."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
+
+
+def table(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
+    """Rows as aligned columns; numbers to the right."""
+    lines = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(indent + "  ".join(_cell(*pair) for pair in zip(row, widths, strict=True)).rstrip() for row in lines)
+
+
+def _cell(text: str, width: int) -> str:
+    is_number = text.lstrip("-").replace(".", "", 1).replace("e-", "", 1).isdigit()
+    return text.rjust(width) if is_number else text.ljust(width)
+
+
+def best(found: list[Best], metric: str) -> str:
+    """The best trials as a table: rank, trial, value, parameters that differ, model."""
+    if not found:
+        return "  no trial is complete yet"
+    names = list(dict.fromkeys(name for one in found for name in one.params))
+    head = ["#", "trial", metric, *names]
+    rows = [
+        [str(rank), one.trial, number(one.value), *(number(one.params.get(name)) for name in names)]
+        for rank, one in enumerate(found, 1)
+    ]
+    text = table([head, *rows])
+    return text if found[0].model is None else f"{text}\n  best model: {found[0].model}"
+
+
+def summary(sweep: Sweep) -> str:
+    """The summary of a sweep's objective."""
+    found = sweep.summary()
+    quantiles = found["quantiles"]
+    assert isinstance(quantiles, dict)
+    metric = sweep.plan.spec.metric
+    counts = [f"{found['count']} of {found['planned']} complete"]
+    counts += [f"{found[key]} {key}" for key in ("diverged", "pruned", "failed", "missing") if found[key]]
+    lines = [f"{metric.name} ({metric.goal}): {', '.join(counts)}"]
+    if found["count"]:
+        names = ["min", "p05", "p25", "p50", "p75", "p95", "max"]
+        values = [found["min"], *(quantiles[name] for name in names[1:-1]), found["max"]]
+        lines.append(table([names, [number(value) for value in values]]))
+        lines.append(f"  mean {number(found['mean'])}, standard deviation {number(found['std'])}")
+    return "\n".join(lines)
+
+
+def _retries(found: Standing) -> list[str]:
+    return [f"  retried: {number} x {cause}" for cause, number in found.retries.items()]
+
+
+def _failures(sweep: Sweep, found: Standing) -> list[str]:
+    lines = [
+        f"  failed: {number} x {text} (first: trial {index}; `orc logs {index} {sweep.id}`)"
+        for text, index, number in found.failures
+    ]
+    return [*lines, f"  `orc resume --failed {sweep.id}` runs failed trials again"] if lines else []
+
+
+def _doubts(found: Standing) -> list[str]:
+    lines = [
+        f"  disagreement: trial {trial} gave different results on {' and '.join(hosts)}"
+        for trial, hosts in found.disagreements
+    ]
+    if found.bad_lines:
+        lines.append(f"  {found.bad_lines} lines of records are torn or not visible yet; the rest counts")
+    return lines + [f"  mixed hardware or versions: bytes not promised ({text})" for text in found.mixed]
+
+
+def _jobs(sweep: Sweep, found: Standing) -> list[str]:
+    if found.jobs is None:
+        return [f"  jobs: unknown, {found.note}"]
+    lines = [] if not found.jobs else [table([[one.job, one.task, one.state, one.reason] for one in found.jobs])]
+    lines += [
+        f"  {one.job} is held; `scontrol release {one.job}` lets it go"
+        for one in found.jobs
+        if "held" in one.reason.lower()
+    ]
+    undone = found.trials["waiting"] + found.trials["running"] + found.trials["cancelled"]
+    if undone and not found.jobs:
+        lines.append(f"  nothing of it is running; `orc resume {sweep.id}` goes on")
+    return lines
+
+
+def standing(sweep: Sweep, found: Standing) -> str:
+    """Where a sweep stands, in one screen."""
+    counts = ", ".join(f"{number} {name}" for name, number in found.trials.items() if number)
+    lines = [f"{sweep.id}: {counts or 'no trials'}", f"  in {sweep.paths.root}"]
+    lines += _retries(found) + _failures(sweep, found) + _doubts(found) + _jobs(sweep, found)
+    top = sweep.best(1)
+    if top:
+        lines.append(f"  best so far: trial {top[0].index}, {sweep.plan.spec.metric.name} {number(top[0].value)}")
+    return "\n".join(lines)

@@ -1,0 +1,585 @@
+"""Summary: what is known of a set of values, as an exact commutative monoid.
+
+    a = Summary.of(0.31, key=0)                 # one value; the key is its sample or trial index
+    b = Summary.of_samples(losses, first_key=1) # a list, an array or a tensor
+    s = a.merge(b).merge(Summary.diverged())    # in any order and any grouping: the same Summary, in every byte
+    s.compute().mean, s.compute().top[0].key
+
+`merge` is associative and commutative, and `empty` is its identity: exactly, not to a tolerance. Sums are integers
+(`orchestrator.exact`), the best values are ranked by (value, key), and the quantile sketch counts in buckets, so no
+result depends on who added what first. Merging is for disjoint sets of samples or trials: a value merged twice counts
+twice.
+
+A new statistic is added here and appears everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from operator import eq, index
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
+
+from orchestrator import exact
+from orchestrator.sketch import bucket, representative
+
+if TYPE_CHECKING:
+    from orchestrator.samples import Chunk, Samples
+    from orchestrator.store import Json, JsonObject
+
+__all__ = ["QUANTILES", "Ranked", "Statistics", "Summary"]
+
+SCHEMA: Final = 1
+TOP: Final = 10
+SKETCH_BITS: Final = 6
+QUANTILES: Final = {"p05": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
+"""Name of each quantile, and its percents."""
+
+_MOST_SKETCH_BITS: Final = 20
+_LEAST_KEY: Final = -(1 << 63)
+_KEYS: Final = 1 << 64
+_FEW: Final = 16  # Samples below which importing and calling NumPy costs more than it saves.
+
+# (value, key) where small is good, (-value, key) where large is: both rank by the plain order of tuples.
+_Pair: TypeAlias = tuple[float, int]
+_NO_LIMIT: Final[_Pair] = (math.inf, 0)
+
+
+class Ranked(NamedTuple):
+    """A value and the key, a sample's or a trial's index, that has it."""
+
+    value: float
+    key: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """The plain numbers of a `Summary`.
+
+    Of no values, `min`, `max`, their keys, `mean`, `std` and the quantiles are None.
+
+    Args:
+        count: finite values.
+        min: smallest value.
+        max: largest value.
+        min_key: its key, the smallest of several.
+        max_key: its key, the smallest of several.
+        mean: weighted mean, correctly rounded from the exact sums of w and of w * x, each product rounded to float64;
+            None too when the weights add up to 0. Without weights, the mean, correctly rounded.
+        std: population standard deviation, correctly rounded; every value counts once, whatever its weight.
+        sum: sum of the values, whatever their weights, correctly rounded; beyond float64 a text of 17 significant
+            digits such as `1.7976931348623157e+309`.
+        quantiles: by name (`QUANTILES`). The p-th quantile is the value at position floor(p / 100 * (count - 1)) in
+            ascending order (NumPy's method "lower"), to within 0.8% of itself and within min and max, whatever the
+            weights.
+        diverged: values that were NaN or infinite.
+        failed: what gave no value because it failed.
+        pruned: what was stopped early and gave no value.
+        top: the best values by goal, best first, ties by the smaller key.
+        bottom: the worst values by goal, worst first, ties by the smaller key.
+    """
+
+    count: int
+    min: float | None
+    max: float | None
+    min_key: int | None
+    max_key: int | None
+    mean: float | None
+    std: float | None
+    sum: float | str
+    quantiles: Mapping[str, float | None]
+    diverged: int
+    failed: int
+    pruned: int
+    top: tuple[Ranked, ...]
+    bottom: tuple[Ranked, ...]
+
+    def to_json(self) -> JsonObject:
+        """All of it as plain JSON; `top` and `bottom` as objects of value and key."""
+        result: JsonObject = {field.name: getattr(self, field.name) for field in fields(self)}
+        ranked = {"top": self.top, "bottom": self.bottom}
+        return result | {
+            "quantiles": dict(self.quantiles),
+            **{name: [{"value": one.value, "key": one.key} for one in entries] for name, entries in ranked.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What is known of a set of values.
+
+    Made by `empty`, `of`, `of_samples`, `diverged`, `failed`, `pruned`, and by merging. How many of the best are kept
+    (`top`) and how fine the sketch is (`sketch_bits`) belong to the type: summaries that differ in them don't merge.
+
+    Args:
+        top: how many of the smallest and of the largest values are kept, at least 1.
+        sketch_bits: mantissa bits that tell buckets of the quantile sketch apart; with b bits the relative error of a
+            quantile is at most 2**-(b+1).
+        count: finite values.
+        num_diverged: values that were NaN or infinite.
+        num_failed: what failed.
+        num_pruned: what was stopped early.
+        total: exact sum of the values, in units of 2**-1074.
+        squares: exact sum of their squares, in units of 2**-2148.
+        weight_excess: exact sum of the weights less `count`, in units of 2**-1074; 0 where every weight is 1.
+        product_excess: exact sum of the rounded products w * x less `total`, in units of 2**-1074.
+        low: the smallest (value, key), ascending, without duplicates.
+        high: the smallest (-value, key), ascending, without duplicates.
+        buckets: number of values by bucket (`orchestrator.sketch`). Never changed, though a dict.
+    """
+
+    top: int = TOP
+    sketch_bits: int = SKETCH_BITS
+    count: int
+    num_diverged: int
+    num_failed: int
+    num_pruned: int
+    total: int
+    squares: int
+    weight_excess: int
+    product_excess: int
+    low: tuple[_Pair, ...]
+    high: tuple[_Pair, ...]
+    buckets: dict[int, int]
+
+    def __hash__(self) -> int:
+        return hash((self.count, self.total, self.squares, self.low, self.high, frozenset(self.buckets.items())))
+
+    @classmethod
+    def empty(cls, top: int = TOP, sketch_bits: int = SKETCH_BITS) -> Summary:
+        """The identity: merging it changes nothing.
+
+        Raises:
+            ValueError: `top` is below 1, or `sketch_bits` is not in 0..20.
+        """
+        return _Tally(top, sketch_bits).summary()
+
+    @classmethod
+    def of(
+        cls, value: float, *, key: int, weight: float = 1.0, top: int = TOP, sketch_bits: int = SKETCH_BITS
+    ) -> Summary:
+        """The summary of one value. NaN or infinity, of the value or its product with the weight, counts as diverged.
+
+        Raises:
+            ValueError: the weight is negative or not finite, the key is no int64, or as `empty`.
+        """
+        _check_type(top, sketch_bits)
+        key = _checked_key(index(key))
+        x, w = float(value) + 0.0, float(weight)
+        if not 0.0 <= w < math.inf:
+            raise ValueError(f"a weight must be finite and not negative, found {weight!r} at key {key}")
+        if not math.isfinite(x) or not math.isfinite(w * x):
+            return cls.diverged(top=top, sketch_bits=sketch_bits)
+        numerator, shift = exact.bits_of(x)
+        total = numerator << (exact.UNIT_SHIFT - shift)
+        return cls(
+            top=top,
+            sketch_bits=sketch_bits,
+            count=1,
+            num_diverged=0,
+            num_failed=0,
+            num_pruned=0,
+            total=total,
+            squares=numerator * numerator << (exact.SQUARE_SHIFT - 2 * shift),
+            weight_excess=0 if w == 1.0 else exact.units(w) - exact.ONE,
+            product_excess=0 if w == 1.0 else exact.units(w * x) - total,
+            low=((x, key),),
+            high=((0.0 - x, key),),
+            buckets={bucket(x, sketch_bits): 1},
+        )
+
+    @classmethod
+    def of_samples(
+        cls,
+        values: Samples,
+        weights: Samples | None = None,
+        first_key: int = 0,
+        *,
+        top: int = TOP,
+        sketch_bits: int = SKETCH_BITS,
+    ) -> Summary:
+        """The summary of many values, equal to merging `of(values[i], key=first_key + i, weight=weights[i])` for all i.
+
+        Args:
+            values: a sequence, array or tensor of any shape and device, read in C order. float64 and every shorter
+                float are taken exactly; integers are rounded to float64.
+            weights: as many, finite and not negative; None for 1 each. They matter to the mean alone, through exact
+                sums of w and of the products w * x, each product rounded to float64.
+            first_key: key of the first value.
+            top: see the class.
+            sketch_bits: see the class.
+
+        Raises:
+            TypeError: the values or weights are not real numbers.
+            ValueError: the weights are not as said, or not as many as the values; a key is no int64; or as `empty`.
+        """
+        if (
+            isinstance(values, (list, tuple))
+            and len(values) < _FEW
+            and (weights is None or isinstance(weights, (list, tuple)))
+        ):
+            return cls._of_few(values, weights, first_key, top, sketch_bits)
+        from orchestrator import samples
+
+        _check_type(top, sketch_bits)
+        found = samples.array(values)
+        _checked_key(_checked_key(first_key) + max(0, len(found) - 1))
+        tally = _Tally(top, sketch_bits)
+        if weights is not None:
+            found, tally.weight_excess, tally.product_excess = samples.weighted(found, samples.array(weights))
+        for chunk in samples.chunks(found, first_key, top, sketch_bits):
+            tally.add_chunk(chunk)
+        return tally.summary()
+
+    @classmethod
+    def _of_few(
+        cls, values: Sequence[float], weights: Sequence[float] | None, first_key: int, top: int, sketch_bits: int
+    ) -> Summary:
+        known = [1.0] * len(values) if weights is None else weights
+        if len(known) != len(values):
+            raise ValueError(f"there must be as many weights as values, found {len(known)} for {len(values)}")
+        ones = (
+            cls.of(value, key=key, weight=weight, top=top, sketch_bits=sketch_bits)
+            for key, (value, weight) in enumerate(zip(values, known, strict=True), first_key)
+        )
+        return cls.merge_all(ones, start=cls.empty(top, sketch_bits))
+
+    @classmethod
+    def diverged(cls, n: int = 1, *, top: int = TOP, sketch_bits: int = SKETCH_BITS) -> Summary:
+        """The summary of n values that were NaN or infinite."""
+        return _Tally(top, sketch_bits, num_diverged=_checked_count(n)).summary()
+
+    @classmethod
+    def failed(cls, n: int = 1, *, top: int = TOP, sketch_bits: int = SKETCH_BITS) -> Summary:
+        """The summary of n failures."""
+        return _Tally(top, sketch_bits, num_failed=_checked_count(n)).summary()
+
+    @classmethod
+    def pruned(cls, n: int = 1, *, top: int = TOP, sketch_bits: int = SKETCH_BITS) -> Summary:
+        """The summary of n that were stopped early."""
+        return _Tally(top, sketch_bits, num_pruned=_checked_count(n)).summary()
+
+    def merge(self, other: Summary) -> Summary:
+        """The summary of both sets of values, which must be disjoint. Neither argument is changed.
+
+        Raises:
+            TypeError: `other` is not a Summary.
+            ValueError: the two keep another number of best values, or have another sketch.
+        """
+        return Summary.merge_all((other,), start=self)
+
+    @staticmethod
+    def merge_all(summaries: Iterable[Summary], *, start: Summary | None = None) -> Summary:
+        """Equal to merging them one after the other on to `start`, in time and memory that suit a million of them.
+
+        Args:
+            summaries: read once, one at a time.
+            start: what to begin with; by default the identity of the first one's type, `Summary.empty()` if there is
+                none.
+
+        Raises:
+            TypeError, ValueError: as `merge`.
+        """
+        tally = None if start is None else _Tally.of(start)
+        for summary in summaries:
+            if tally is None:
+                tally = _Tally.of(summary)
+            else:
+                tally.add(summary)
+        return Summary.empty() if tally is None else tally.summary()
+
+    def compute(self, goal: Literal["minimize", "maximize"] = "minimize") -> Statistics:
+        """The plain numbers; `goal` says which end `top` is."""
+        low = tuple(Ranked(*pair) for pair in self.low)
+        high = tuple(Ranked(0.0 - negated, key) for negated, key in self.high)
+        least, greatest = (low[0], high[0]) if self.count else (None, None)
+        return Statistics(
+            count=self.count,
+            min=least and least.value,
+            max=greatest and greatest.value,
+            min_key=least and least.key,
+            max_key=greatest and greatest.key,
+            mean=self._mean(),
+            std=self._std(),
+            sum=self._sum(),
+            quantiles=dict(zip(QUANTILES, self._quantiles(QUANTILES.values()), strict=True)),
+            diverged=self.num_diverged,
+            failed=self.num_failed,
+            pruned=self.num_pruned,
+            top=low if goal == "minimize" else high,
+            bottom=high if goal == "minimize" else low,
+        )
+
+    def _mean(self) -> float | None:
+        weight = (self.count << exact.UNIT_SHIFT) + self.weight_excess
+        return exact.quotient(self.total + self.product_excess, weight) if weight else None
+
+    def _std(self) -> float | None:
+        if not self.count:
+            return None
+        # n * sum(x * x) - sum(x)**2 is n**2 times the variance, here without any rounding.
+        square = self.count * self.squares - self.total * self.total
+        return exact.root(square, self.count << exact.UNIT_SHIFT)
+
+    def _sum(self) -> float | str:
+        try:
+            return self.total / exact.ONE
+        except OverflowError:
+            return exact.decimal(self.total)
+
+    def _quantiles(self, percents: Iterable[int]) -> Iterator[float | None]:
+        """The values at ascending percents."""
+        codes = iter(sorted(self.buckets))
+        code, seen = 0, 0
+        for percent in percents:
+            position = (self.count - 1) * percent // 100
+            while self.count and seen <= position:
+                code = next(codes)
+                seen += self.buckets[code]
+            yield self._clamped(representative(code, self.sketch_bits)) if self.count else None
+
+    def _clamped(self, value: float) -> float:
+        return min(max(value, self.low[0][0]), 0.0 - self.high[0][0])
+
+    def to_json(self) -> JsonObject:
+        """Plain JSON, which `from_json` reads; equal summaries give equal bytes through `store.canonical`."""
+        return {
+            "schema": SCHEMA,
+            **{name: getattr(self, name) for name in _PLAIN},
+            **{name: exact.text(getattr(self, name), shift) for name, shift in _EXACT.items()},
+            "low": [[value, key] for value, key in self.low],
+            "high": [[0.0 - negated, key] for negated, key in self.high],
+            "buckets": [[code, self.buckets[code]] for code in sorted(self.buckets)],
+        }
+
+    @classmethod
+    def from_json(cls, value: Json) -> Summary:
+        """The summary of which `value` is the `to_json`.
+
+        Raises:
+            ValueError: `value` is of another schema or damaged; says which key, what was found and what would be right.
+        """
+        found = _object(value)
+        low = _pairs("low", found["low"])
+        high = _pairs("high", found["high"])
+        summary = cls(
+            **{name: _whole(name, found[name]) for name in _PLAIN},
+            **{name: _number(name, found[name], shift) for name, shift in _EXACT.items()},
+            low=tuple(low),
+            high=tuple((0.0 - one, key) for one, key in high),
+            buckets=_buckets(found["buckets"]),
+        )
+        _check(summary)
+        return summary
+
+
+_PLAIN: Final = ("top", "sketch_bits", "count", "num_diverged", "num_failed", "num_pruned")
+_EXACT: Final = {
+    "total": exact.UNIT_SHIFT,
+    "squares": exact.SQUARE_SHIFT,
+    "weight_excess": exact.UNIT_SHIFT,
+    "product_excess": exact.UNIT_SHIFT,
+}
+
+
+class _Best:
+    """The first `top` of the pairs offered, by the plain order of tuples, without duplicates."""
+
+    __slots__ = ("_limit", "_pairs", "_top")
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self._pairs: list[_Pair] = []
+        self._limit = _NO_LIMIT
+
+    def offer(self, ascending: Sequence[_Pair]) -> None:
+        if not ascending or ascending[0] >= self._limit:
+            return
+        self._pairs += ascending
+        if len(self._pairs) > 4 * self._top + 64:
+            self.cut()
+
+    def cut(self) -> tuple[_Pair, ...]:
+        pairs = sorted(self._pairs)
+        if any(map(eq, pairs, pairs[1:])):
+            pairs = list(dict.fromkeys(pairs))
+        self._pairs = pairs[: self._top]
+        if len(self._pairs) == self._top:
+            self._limit = self._pairs[-1]
+        return tuple(self._pairs)
+
+
+class _Tally:
+    """A Summary in the making, which may change: what `merge_all` adds into."""
+
+    __slots__ = (
+        "_buckets",
+        "_high",
+        "_low",
+        "count",
+        "num_diverged",
+        "num_failed",
+        "num_pruned",
+        "product_excess",
+        "sketch_bits",
+        "squares",
+        "top",
+        "total",
+        "weight_excess",
+    )
+
+    def __init__(
+        self, top: int, sketch_bits: int, *, num_diverged: int = 0, num_failed: int = 0, num_pruned: int = 0
+    ) -> None:
+        _check_type(top, sketch_bits)
+        self.top, self.sketch_bits = top, sketch_bits
+        self.count, self.num_diverged, self.num_failed, self.num_pruned = 0, num_diverged, num_failed, num_pruned
+        self.total = self.squares = self.weight_excess = self.product_excess = 0
+        self._low, self._high = _Best(top), _Best(top)
+        self._buckets: dict[int, int] = {}
+
+    @classmethod
+    def of(cls, summary: Summary) -> _Tally:
+        _check_summary(summary)
+        tally = cls(summary.top, summary.sketch_bits)
+        tally.add(summary)
+        return tally
+
+    def add(self, other: Summary) -> None:
+        _check_summary(other)
+        if other.top != self.top or other.sketch_bits != self.sketch_bits:
+            raise ValueError(
+                f"summaries of different types can't be merged: top {self.top} and {other.top}, "
+                f"sketch_bits {self.sketch_bits} and {other.sketch_bits}"
+            )
+        self.num_diverged += other.num_diverged
+        self.num_failed += other.num_failed
+        self.num_pruned += other.num_pruned
+        self.weight_excess += other.weight_excess
+        self.product_excess += other.product_excess
+        self._add_values(other)
+
+    def add_chunk(self, chunk: Chunk) -> None:
+        self.num_diverged += chunk.refused
+        self._add_values(chunk)
+
+    def _add_values(self, other: Summary | Chunk) -> None:
+        self.count += other.count
+        self.total += other.total
+        self.squares += other.squares
+        self._low.offer(other.low)
+        self._high.offer(other.high)
+        self._add_buckets(other.buckets)
+
+    def _add_buckets(self, more: dict[int, int]) -> None:
+        mine = self._buckets
+        if not mine:
+            mine.update(more)
+            return
+        for code, count in more.items():
+            mine[code] = mine.get(code, 0) + count
+
+    def summary(self) -> Summary:
+        return Summary(
+            top=self.top,
+            sketch_bits=self.sketch_bits,
+            count=self.count,
+            num_diverged=self.num_diverged,
+            num_failed=self.num_failed,
+            num_pruned=self.num_pruned,
+            total=self.total,
+            squares=self.squares,
+            weight_excess=self.weight_excess,
+            product_excess=self.product_excess,
+            low=self._low.cut(),
+            high=self._high.cut(),
+            buckets=self._buckets,
+        )
+
+
+def _check_type(top: int, sketch_bits: int) -> None:
+    if top < 1:
+        raise ValueError(f"top must be at least 1, found {top}")
+    if not 0 <= sketch_bits <= _MOST_SKETCH_BITS:
+        raise ValueError(f"sketch_bits must be in 0..{_MOST_SKETCH_BITS}, found {sketch_bits}")
+
+
+def _check_summary(value: object) -> None:
+    if not isinstance(value, Summary):
+        raise TypeError(f"only a Summary can be merged, found {value!r}")
+
+
+def _checked_key(key: int) -> int:
+    if not 0 <= key - _LEAST_KEY < _KEYS:
+        raise ValueError(f"a key must be a 64-bit integer, found {key}")
+    return key
+
+
+def _checked_count(n: int) -> int:
+    if n < 0:
+        raise ValueError(f"a number of trials or samples must not be negative, found {n}")
+    return n
+
+
+def _object(value: Json) -> JsonObject:
+    """`value` as an object with exactly the keys of a summary."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a summary must be an object, found {value!r}")
+    if value.get("schema") != SCHEMA:
+        raise ValueError(f"this version reads summaries of schema {SCHEMA}, found {value.get('schema')!r}")
+    known = {"schema", *_PLAIN, *_EXACT, "low", "high", "buckets"}
+    if value.keys() != known:
+        lacking, foreign = sorted(known - value.keys()), sorted(value.keys() - known)
+        raise ValueError(f"a summary must have its own keys and no others: missing {lacking}, unknown {foreign}")
+    return value
+
+
+def _whole(name: str, value: Json, least: int = 0) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an integer from {least}, found {value!r}")
+    return value
+
+
+def _number(name: str, value: Json, shift: int) -> int:
+    try:
+        return exact.parse(value, shift)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _items(name: str, value: Json) -> Iterator[tuple[Json, Json]]:
+    for item in value if isinstance(value, list) else (None,):
+        if not isinstance(item, list) or len(item) != 2:
+            raise ValueError(f"{name}: expected a list of pairs, found {item!r} in {value!r}")
+        yield item[0], item[1]
+
+
+def _pairs(name: str, value: Json) -> Iterator[_Pair]:
+    for one, key in _items(name, value):
+        if isinstance(one, bool) or not isinstance(one, (int, float)) or not math.isfinite(one):
+            raise ValueError(f"{name}: expected a finite number, found {one!r}")
+        yield float(one) + 0.0, _checked_key(_whole(name, key, _LEAST_KEY))
+
+
+def _buckets(value: Json) -> dict[int, int]:
+    """Buckets in the order of the file; a code that comes twice is caught by the count."""
+    return {_whole("buckets", code, -_KEYS): _whole("buckets", count, 1) for code, count in _items("buckets", value)}
+
+
+def _check(summary: Summary) -> None:
+    """Raises ValueError where the parts contradict each other, as no merge could make them."""
+    _check_type(summary.top, summary.sketch_bits)
+    for name, pairs in (("low", summary.low), ("high", summary.high)):
+        if any(one >= next_one for one, next_one in pairwise(pairs)):
+            raise ValueError(f"{name}: expected its pairs in order of rank, each once")
+        if len(pairs) > min(summary.top, summary.count) or (summary.count and not pairs):
+            raise ValueError(f"{name}: found {len(pairs)} pairs of {summary.count} values, with top {summary.top}")
+    if sum(summary.buckets.values()) != summary.count:
+        raise ValueError(f"buckets: expected counts that add up to {summary.count}, found {summary.buckets}")
+    if summary.count and {min(summary.buckets), max(summary.buckets)} != {
+        bucket(summary.low[0][0], summary.sketch_bits),
+        bucket(0.0 - summary.high[0][0], summary.sketch_bits),
+    }:
+        raise ValueError("buckets: expected the first to hold the smallest value and the last the largest")

@@ -1,0 +1,450 @@
+"""The supervisor: what Slurm, or this machine, starts. It never imports torch.
+
+    python -P -m orchestrator.supervisor work --dir SWEEP --submission TOKEN [--worker K] [--slots N] [--then-reduce]
+
+It takes notices, claims blocks of trials, hands one trial after the other to warm workers, and is the only one who
+writes this process start's record file. A worker that dies costs the trial that it ran, never the trials after it: the
+attempt is charged to its cause, and the trial is tried again or, with its budget spent, failed.
+"""
+
+from __future__ import annotations
+
+from orchestrator.signals import Signals
+
+if __name__ == "__main__":
+    _signals = Signals()  # before the imports below take their tenth of a second: a notice may come at any time
+
+import argparse
+import os
+import selectors
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator import claims, identity, models, records, slurm, store
+from orchestrator.channel import Channel
+from orchestrator.children import Children, Exited, memory_kills
+from orchestrator.errors import OrcError, SlurmUnreachable
+from orchestrator.fold import Fold
+from orchestrator.paths import SweepPaths
+from orchestrator.plan import PlanFile, blocks
+from orchestrator.records import Cause, RecordWriter, Status
+from orchestrator.requeue import Action, Decision, Situation, decide
+from orchestrator.source import Ready, Source, Succession
+from orchestrator.store import JsonObject
+
+__all__ = ["Options", "Supervisor", "main"]
+
+_LAST_CALL_S = 20.0
+"""Before a time limit, in seconds: what still runs then is stopped, so that the requeue is ours and not too late."""
+_LEFT_EARLY = 75
+_CRASH_SIGNALS_OF_A_NOTICE = ("SIGTERM", "SIGUSR1", "SIGINT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a supervisor runs.
+
+    Args:
+        paths: the sweep.
+        submission: token of the submission that started it.
+        worker: its number; it begins with the block of that number.
+        slots: trials at the same time.
+    """
+
+    paths: SweepPaths
+    submission: str
+    worker: int = 0
+    slots: int = 1
+
+
+@dataclass(slots=True)
+class Running:
+    """A trial at work in a slot, since `began` on the monotonic clock."""
+
+    ready: Ready
+    began: float
+    memory_kills: int
+
+
+class Supervisor:
+    """Runs trials until none is left that isn't someone else's, or until it is asked to leave.
+
+    Raises:
+        ProgramError: the program can't be imported on this machine.
+        OrcError: records can't be written, or the plan can't be read.
+    """
+
+    def __init__(self, options: Options, signals: Signals) -> None:
+        self._paths = options.paths
+        self._options = options
+        self._signals = signals
+        self._place = identity.SlurmPlace.of(os.environ)
+        self._plan = PlanFile.open(options.paths.plan)
+        self._spec = self._plan.spec
+        self._children = Children(options.paths, _environment(self._plan))
+        self._writer = self._open_writer()
+        self._source = self._open_source()
+        self._podium = models.Podium(self._spec.metric, self._spec.reduce.top)
+        self._queue: deque[Ready] = deque()
+        self._open: dict[int, Ready] = {}
+        self._running: dict[int, Running] = {}
+        self._let_go: list[tuple[int, str]] = []
+        self._exhausted = False
+        self._abandoned = False
+        self._decision: Decision | None = None
+        self._last_call: float | None = None
+        self._selector = selectors.DefaultSelector()
+
+    def _open_writer(self) -> RecordWriter:
+        packages = (
+            ("slurm-orchestrator",) if self._spec.command is not None else ("slurm-orchestrator", "torch", "numpy")
+        )
+        who = identity.describe(submission=self._options.submission, slots=self._options.slots, packages=packages)
+        return RecordWriter(self._paths, who, beat_s=self._spec.launch.lease_s / 4)
+
+    def _open_source(self) -> Source:
+        size = blocks(self._plan.num_trials, self._spec.launch.trials_per_task).size
+        intent = _intent(self._paths, self._options.submission)
+        supersedes = intent.get("supersedes")
+        return Source(
+            claims.blocks(self._plan.num_trials, size),
+            self._options.worker,
+            claims=claims.Claims(self._paths, self._writer.writer),
+            fold=Fold(self._paths, self._plan.num_trials),
+            growth=claims.Growth(self._paths, self._spec.launch.lease_s),
+            succession=Succession(
+                submission=self._options.submission,
+                job=self._place.job if self._place else None,
+                restarts=self._place.restarts if self._place else 0,
+                superseded=frozenset(map(str, supersedes)) if isinstance(supersedes, list) else frozenset(),
+                retry_failed=bool(intent.get("retry_failed")),
+            ),
+        )
+
+    # The loop
+
+    def run(self) -> int:
+        """Work; returns the exit code: 0, or 75 when it left early."""
+        try:
+            self._selector.register(self._signals, selectors.EVENT_READ, self._on_signals)
+            self._selector.register(self._children.channel, selectors.EVENT_READ, self._on_children)
+            while not self._is_done():
+                self._assign()
+                self._wait()
+            return self._leave()
+        finally:
+            self._children.stop()
+            self._writer.close()
+            models.remove(self._paths, self._let_go)
+
+    def _is_done(self) -> bool:
+        if self._decision is not None:
+            return not self._running or self._is_last_call()
+        return self._exhausted and not self._queue and not self._running
+
+    def _is_last_call(self) -> bool:
+        return self._last_call is not None and time.monotonic() >= self._last_call
+
+    def _wait(self) -> None:
+        if self._is_done():
+            return
+        events = self._selector.select(self._until_due())
+        # Notices first: a child that ends because of one must not be charged for it.
+        for key, _ in sorted(events, key=lambda event: event[0].fileobj is not self._signals):
+            key.data()
+
+    def _until_due(self) -> float:
+        due = self._writer.tick()
+        self._let_models_go()
+        return due if self._last_call is None else max(0.0, min(due, self._last_call - time.monotonic()))
+
+    # Handing out trials
+
+    def _assign(self) -> None:
+        if not self._children.ready:
+            return
+        for slot in range(self._options.slots):
+            ready = self._next() if slot not in self._running else None
+            if ready is not None:
+                self._hand_over(slot, ready)
+
+    def _next(self) -> Ready | None:
+        if self._decision is not None:
+            return None
+        if not self._queue and not self._exhausted:
+            self._begin(self._source.next())
+        return self._queue.popleft() if self._queue else None
+
+    def _begin(self, block: list[Ready]) -> None:
+        self._exhausted = not block
+        # Durable before user code runs: a trial that takes the whole machine down is known by its start.
+        self._writer.append(*(records.start(trial=r.trial, attempt=r.attempt) for r in block), durable=True)
+        self._open.update((ready.trial, ready) for ready in block)
+        self._queue.extend(block)
+
+    def _hand_over(self, slot: int, ready: Ready) -> None:
+        worker = self._children.workers.get(slot)
+        if worker is None:
+            worker = self._children.start(slot)
+            self._selector.register(worker.channel, selectors.EVENT_READ, self._reader(slot, worker.channel))
+        trial = self._plan.trial(ready.trial)
+        self._running[slot] = Running(ready, time.monotonic(), memory_kills())
+        worker.channel.send(
+            {
+                "index": trial.index,
+                "trial": trial.trial,
+                "params": trial.params,
+                "seed": trial.seed,
+                "attempt": ready.attempt,
+                "bar": self._podium.bar,
+            }
+        )
+
+    def _reader(self, slot: int, channel: Channel) -> Callable[[], None]:
+        return lambda: self._on_worker(slot, channel)
+
+    # What children say
+
+    def _on_worker(self, slot: int, channel: Channel) -> None:
+        for message in channel.receive():
+            self._take(slot, message)
+        if channel.closed:
+            self._selector.unregister(channel)
+
+    def _take(self, slot: int, message: JsonObject) -> None:
+        running = self._running[slot]
+        trial, attempt = running.ready.trial, running.ready.attempt
+        if "report" in message:
+            self._writer.append({"kind": "report", "trial": trial, "attempt": attempt, **_object(message["report"])})
+        elif "outcome" in message:
+            self._finish(slot, Status(str(message["outcome"])), _object(message["payload"]))
+        elif "end" in message:
+            self._end(slot, Cause(str(message["end"])), str(message["detail"]))
+
+    def _finish(self, slot: int, status: Status, payload: JsonObject) -> None:
+        running = self._running.pop(slot)
+        trial = running.ready.trial
+        self._writer.append(
+            records.outcome(
+                trial=trial,
+                attempt=running.ready.attempt,
+                status=status,
+                payload=payload,
+                seconds=time.monotonic() - running.began,
+            )
+        )
+        self._open.pop(trial, None)
+        value, model = payload.get("value"), payload.get("model")
+        if isinstance(value, float) and isinstance(model, str):
+            self._let_go += self._podium.add(trial, value, model)
+
+    def _let_models_go(self) -> None:
+        if self._let_go:
+            # Only once the outcomes that beat them are on the disk.
+            self._writer.sync()
+            models.remove(self._paths, self._let_go)
+            self._let_go = []
+
+    def _end(self, slot: int, cause: Cause, detail: str) -> None:
+        """An attempt ended without an outcome: charge it, and try again or give the trial up."""
+        cause = self._decision.cause if self._decision and cause in (Cause.SIGNAL, Cause.PREEMPTED) else cause
+        ready = self._running[slot].ready
+        self._writer.append(records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail))
+        ready.charges[cause] += 1
+        budget = _budget(self._spec.launch.retries, cause)
+        if budget is not None and ready.charges[cause] > budget:
+            self._finish(slot, Status.FAILED, {"cause": cause.value, "error": detail})
+            return
+        self._running.pop(slot)
+        self._open.pop(ready.trial, None)
+        if self._decision is not None:
+            self._abandoned = True
+            return
+        self._begin([Ready(ready.trial, ready.attempt + 1, ready.charges)])
+
+    def _on_children(self) -> None:
+        for exited in self._children.poll():
+            self._on_exit(exited)
+
+    def _on_exit(self, exited: Exited) -> None:
+        worker = self._children.workers[exited.slot]
+        while not worker.channel.closed:
+            self._on_worker(exited.slot, worker.channel)
+        self._children.forget(exited.slot)
+        if exited.slot in self._running:
+            self._charge_death(exited)
+
+    def _charge_death(self, exited: Exited) -> None:
+        if not os.WIFSIGNALED(exited.status):
+            detail = (
+                f"the worker left with exit code {os.waitstatus_to_exitcode(exited.status)} in the middle of the trial"
+            )
+            self._end(exited.slot, Cause.ERROR, detail)
+            return
+        name = signal.Signals(os.WTERMSIG(exited.status)).name
+        if name in _CRASH_SIGNALS_OF_A_NOTICE and self._decision is None:
+            self._await_notice()
+        starved = name == "SIGKILL" and memory_kills() > self._running[exited.slot].memory_kills
+        self._end(exited.slot, Cause.MEMORY if starved else Cause.SIGNAL, f"killed by {name}")
+
+    def _await_notice(self) -> None:
+        """A child died of a signal that Slurm sends to a whole step: ours may arrive a moment later."""
+        waiter = selectors.DefaultSelector()
+        waiter.register(self._signals, selectors.EVENT_READ)
+        if waiter.select(1.0):
+            self._on_signals()
+        waiter.close()
+
+    # Notices
+
+    def _on_signals(self) -> None:
+        names = self._signals.take()
+        for exited in list(self._children.reap()):
+            self._on_exit(exited)
+        if names:
+            self._on_notice(names)
+
+    def _on_notice(self, names: list[str]) -> None:
+        _acknowledge()
+        situation, decision = self._judge()
+        self._writer.append(
+            records.notice(signal="+".join(names), state=str(situation), action=f"{decision.cause}: {decision.action}"),
+            durable=True,
+        )
+        if decision.action is Action.GO_ON or self._decision is not None:
+            return
+        self._decision = decision
+        if decision.cause is Cause.CANCELLED:
+            self._last_call = time.monotonic()
+        elif decision.cause is Cause.TIMEOUT and situation is not None and situation.left_s is not None:
+            self._last_call = time.monotonic() + max(0.0, situation.left_s - _LAST_CALL_S)
+        for worker in self._children.workers.values():
+            worker.signal(signal.SIGUSR1)
+
+    def _judge(self) -> tuple[Situation | None, Decision]:
+        if self._place is None or self._paths.cancelled.exists():
+            return None, Decision(Cause.CANCELLED, Action.LEAVE)
+        situation = _situation(self._place.job)
+        return situation, decide(
+            situation, own_restarts=self._place.restarts, notice_s=float(self._spec.launch.notice_s)
+        )
+
+    # Leaving
+
+    def _leave(self) -> int:
+        if self._decision is None:
+            return 0
+        cause = self._decision.cause
+        for running in self._running.values():
+            ready = running.ready
+            self._writer.append(
+                records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail="stopped before it was done")
+            )
+            self._open.pop(ready.trial, None)
+        for ready in self._open.values():
+            self._writer.append(records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail="not begun"))
+        self._writer.sync()
+        left = bool(self._abandoned or self._open or not self._exhausted)
+        if left and self._decision.action is Action.REQUEUE and self._place and not self._paths.cancelled.exists():
+            _requeue(self._place.job)
+        return _LEFT_EARLY if left else 0
+
+
+def _object(value: object) -> JsonObject:
+    assert isinstance(value, dict)
+    return value
+
+
+def _budget(retries: object, cause: Cause) -> int | None:
+    """How often an attempt may end by `cause`; None for causes that are never the trial's fault."""
+    names = {
+        Cause.ERROR: "error",
+        Cause.SIGNAL: "signal",
+        Cause.MEMORY: "memory",
+        Cause.TIMEOUT: "timeout",
+        Cause.UNKNOWN: "unknown",
+    }
+    return int(getattr(retries, names[cause])) if cause in names else None
+
+
+def _intent(paths: SweepPaths, token: str) -> JsonObject:
+    """The ledger's line that announced this submission; empty when there is none."""
+    for _, line in store.lines(paths.submissions):
+        entry = store.unchecked(line)
+        if entry is not None and (entry.get("kind"), entry.get("submission")) == ("intent", token):
+            return entry
+    return {}
+
+
+def _environment(plan: PlanFile) -> dict[str, str]:
+    threads = str(plan.spec.launch.cpus)
+    fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    return {**os.environ, **plan.spec.env, **fixed, "PYTHONUNBUFFERED": "1"}
+
+
+def _situation(job: str) -> Situation | None:
+    try:
+        fields = slurm.show_job(job)
+    except SlurmUnreachable:
+        return None
+    return Situation.of(fields) if fields else None
+
+
+def _requeue(job: str) -> None:
+    """Ask for our own requeue; its TERM may kill the scontrol that asks, a second call is refused: both are fine."""
+    try:
+        slurm.requeue(job)
+    except OrcError as error:
+        print(f"orchestrator: {error}", file=sys.stderr)
+
+
+def _acknowledge() -> None:
+    """Tell the batch script that its signal arrived, so that it stops repeating it."""
+    _touch(os.environ.get("ORC_ACK"))
+
+
+def _touch(path: str | None) -> None:
+    if path:
+        Path(path).touch()
+
+
+def _parse(arguments: list[str] | None) -> tuple[Options, bool]:
+    parser = argparse.ArgumentParser(prog="orchestrator.supervisor")
+    parser.add_argument("verb", choices=["work"])
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--submission", required=True)
+    parser.add_argument("--worker", type=int, default=0)
+    parser.add_argument("--slots", type=int, default=1)
+    parser.add_argument("--then-reduce", action="store_true")
+    given = parser.parse_args(arguments)
+    paths = SweepPaths(given.dir.absolute())
+    return Options(paths=paths, submission=given.submission, worker=given.worker, slots=given.slots), given.then_reduce
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the process; returns its exit code."""
+    signals = Signals()
+    _touch(os.environ.get("ORC_READY"))  # the batch script sends no signal before
+    if name := os.environ.get("ORC_NOTICE"):
+        signals.add(name)
+    os.umask(0o077)
+    options, then_reduce = _parse(arguments)
+    try:
+        code = Supervisor(options, signals).run()
+        if code == 0 and then_reduce:
+            from orchestrator import reducer
+
+            code = reducer.reduce(options.paths, wait_s=0.0)
+    except OrcError as error:
+        print(f"orchestrator: {error}", file=sys.stderr)
+        return error.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,357 @@
+"""A sweep, from Python.
+
+    sweep = Sweep.open("runs/digits-0f3a5b7c9d")        or open("digits"), the newest of that name in ./runs
+    sweep.best(3)                                       [Best(index=412, value=0.0771, params={...}, ...), ...]
+    sweep.summary()                                     count, mean, quantiles, ... as `orc summary --json`
+    net = sweep.load_model().net                        the best model, back in the network of its job
+    sweep.to_pandas()                                   a row a trial
+
+Every answer is folded from the records at the moment of asking; nothing is cached that could be stale.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator import ledger, models
+from orchestrator.errors import FolderError, NothingMatched
+from orchestrator.fold import Fold
+from orchestrator.paths import SweepPaths
+from orchestrator.plan import PlanFile, Trial
+from orchestrator.records import Status
+from orchestrator.store import Json, JsonObject
+
+if TYPE_CHECKING:
+    import pandas
+
+    from orchestrator.submit import Live
+    from orchestrator.trial import State
+
+__all__ = ["Best", "Job", "Standing", "Sweep", "default_runs", "find"]
+
+
+def default_runs() -> Path:
+    """Where sweeps live: $ORC_DIR, or ./runs."""
+    return Path(os.environ.get("ORC_DIR") or "runs").absolute()
+
+
+def find(name: str | None, runs: Path) -> SweepPaths:
+    """The sweep of a name, an id or a folder; the newest one without a name.
+
+    Raises:
+        NothingMatched: there is none.
+    """
+    if name and (Path(name) / "plan.jsonl").is_file():
+        return SweepPaths(Path(name).absolute())
+    found = [path for path in runs.glob("*/plan.jsonl") if name is None or _is_called(path.parent.name, name)]
+    if not found:
+        what = f"no sweep called {name!r}" if name else "no sweep"
+        raise NothingMatched(f"{runs}: {what} here; --dir or $ORC_DIR says where sweeps live")
+    newest = max(found, key=lambda path: (path.stat().st_mtime_ns, path))
+    return SweepPaths(newest.parent.absolute())
+
+
+def _is_called(folder: str, name: str) -> bool:
+    return not folder.startswith(".") and name in (folder, folder.rpartition("-")[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Best:
+    """A trial that ranks.
+
+    Args:
+        trial: its id.
+        index: its index in the plan.
+        value: its objective.
+        params: its parameters.
+        seed: its seed.
+        attempts: how often it was started.
+        model: its weights; None if they are not there, as with a program that reports only.
+    """
+
+    trial: str
+    index: int
+    value: float
+    params: JsonObject
+    seed: int
+    attempts: int
+    model: Path | None
+
+    def to_json(self) -> JsonObject:
+        """As `orc best --json` shows it."""
+        return {**asdict(self), "model": None if self.model is None else str(self.model)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Something of a sweep that has not ended: a job, an element of an array, or a process of this machine."""
+
+    job: str
+    task: str
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a sweep stands.
+
+    Args:
+        trials: number of trials by waiting, running, complete, diverged, pruned, failed, cancelled; adds up to the plan.
+        retries: attempts that ended without an outcome, by cause.
+        failures: what failed trials say of their cause, the first that says so, and how many do.
+        disagreements: trials with outcomes that differ, and the hosts that wrote them.
+        bad_lines: lines of records that are torn, or not visible yet.
+        mixed: versions or processor levels that differ among the workers, so that equal bytes are not promised.
+        jobs: what has not ended; None when Slurm did not answer.
+    """
+
+    trials: dict[str, int]
+    retries: dict[str, int]
+    failures: list[tuple[str, int, int]]
+    disagreements: list[tuple[int, tuple[str, str]]]
+    bad_lines: int
+    mixed: list[str]
+    jobs: list[Job] | None
+    note: str = ""
+
+
+class Sweep:
+    """A sweep on disk.
+
+    Args:
+        paths: its folder.
+
+    Raises:
+        FolderError: the folder holds no plan, or one of another schema.
+    """
+
+    def __init__(self, paths: SweepPaths) -> None:
+        self.paths = paths
+        self.plan = PlanFile.open(paths.plan)
+        self.fold = Fold(paths, self.plan.num_trials)
+        self._update()
+
+    @classmethod
+    def open(cls, name: str | Path | None = None, *, runs: Path | None = None) -> Sweep:
+        """The sweep of a name, an id or a folder; the newest one by default.
+
+        Raises:
+            NothingMatched: there is none.
+            FolderError: the folder is of another schema.
+        """
+        return cls(find(None if name is None else str(name), runs or default_runs()))
+
+    def _update(self) -> None:
+        try:
+            self.fold.update()
+        except FileNotFoundError as error:
+            raise FolderError(f"{self.paths.root}: not a whole sweep: {error.filename} is missing") from error
+
+    @property
+    def id(self) -> str:
+        """The sweep's id."""
+        return self.plan.id
+
+    def refresh(self) -> Sweep:
+        """Read what has become visible since; returns this sweep."""
+        self._update()
+        return self
+
+    # Answers
+
+    def best(self, top: int = 1) -> list[Best]:
+        """The `top` best complete trials, best first; fewer if there are fewer."""
+        return [self._best(index) for index in models.best(self.fold, self.plan.spec.metric, top)]
+
+    def _best(self, index: int) -> Best:
+        trial = self.plan.trial(index)
+        return Best(
+            trial=trial.trial,
+            index=index,
+            value=self.fold.values[index],
+            params=trial.params,
+            seed=trial.seed,
+            attempts=self.fold.attempts(index),
+            model=self.model(index),
+        )
+
+    def model(self, index: int) -> Path | None:
+        """The file with the weights of a trial, if they were kept."""
+        sha256 = self.fold.payload(index).get("model")
+        if not isinstance(sha256, str):
+            return None
+        path = self.paths.model(index, sha256)
+        return path if path.exists() else None
+
+    def summary(self) -> JsonObject:
+        """What `summary.json` holds, folded now: planned, missing, count, min, max, mean, std, sum, quantiles, ..."""
+        from orchestrator.reducer import summary_json
+
+        return summary_json(self.plan, self.fold)
+
+    def trial(self, name: str) -> Trial:
+        """A trial by its index or its id.
+
+        Raises:
+            NothingMatched: there is none.
+        """
+        index = name.partition("-")[0]
+        if index.isdigit() and int(index) < self.plan.num_trials:
+            trial = self.plan.trial(int(index))
+            if name in (index, trial.trial):
+                return trial
+        last = self.plan.num_trials - 1
+        raise NothingMatched(f"{self.id}: no trial {name!r}; trials are named by index, 0 to {last}, or by id")
+
+    # Where it stands
+
+    def standing(self) -> Standing:
+        """Where the sweep stands; asks Slurm once, if it was ever handed over to Slurm."""
+        alive, note = self._alive()
+        return Standing(
+            trials=self._counts(alive),
+            retries={cause.value: number for cause, number in sorted(self.fold.retries().items())},
+            failures=self._failures(),
+            disagreements=[(found.trial, found.hosts) for found in self.fold.disagreements],
+            bad_lines=self.fold.num_bad_lines,
+            mixed=self._mixed(),
+            jobs=None if alive is None else [_job(one) for one in alive],
+            note=note,
+        )
+
+    def _alive(self) -> tuple[list[Live] | None, str]:
+        from orchestrator import submit
+        from orchestrator.errors import SlurmUnreachable
+
+        try:
+            return submit.live(self.paths), ""
+        except SlurmUnreachable as error:
+            return None, str(error)
+
+    def _counts(self, alive: Sequence[Live] | None) -> dict[str, int]:
+        # Without an answer from Slurm, whoever began a trial and has not ended it is taken at its word.
+        running = sum(alive is None or _is_alive(writer, alive) for writer in self.fold.running().values())
+        rest = self.fold.num_missing - running
+        now = ledger.current(self.paths)
+        is_cancelled = now is not None and ledger.is_cancelled(self.paths, now.token)
+        counts = {status.value: self.fold.count(status) for status in Status}
+        return {
+            "waiting": 0 if is_cancelled else rest,
+            "running": running,
+            **counts,
+            "cancelled": rest if is_cancelled else 0,
+        }
+
+    def _failures(self) -> list[tuple[str, int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for index in self.fold.trials(Status.FAILED):
+            error = str(self.fold.payload(index).get("error", "")).splitlines()
+            first, number = found.get(error[0] if error else "", (index, 0))
+            found[error[0] if error else ""] = (first, number + 1)
+        return [(text, *where) for text, where in found.items()]
+
+    def _mixed(self) -> list[str]:
+        seen: dict[str, set[str]] = {}
+        for writer in self.fold.writers().values():
+            versions = writer.get("versions")
+            for name, value in {"cpu": writer.get("cpu"), **(versions if isinstance(versions, dict) else {})}.items():
+                seen.setdefault(name, set()).add(str(value))
+        return [f"{name}: {', '.join(sorted(values))}" for name, values in sorted(seen.items()) if len(values) > 1]
+
+    # Results
+
+    def rows(self) -> Iterator[JsonObject]:
+        """A flat row a trial: index, trial, status, value, attempts, then parameters by dotted path."""
+        from orchestrator.command import flat
+
+        for trial in self.plan.trials():
+            status = self.fold.status(trial.index)
+            row: dict[str, Json] = {
+                "index": trial.index,
+                "trial": trial.trial,
+                "status": None if status is None else status.value,
+                "value": self.fold.values[trial.index] if status is Status.COMPLETE else None,
+                "attempts": self.fold.attempts(trial.index),
+            }
+            yield row | dict(flat(trial.params))
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """The rows as a table, indexed by trial index. Needs pandas (`pip install 'slurm-orchestrator[pandas]'`)."""
+        import pandas
+
+        return pandas.DataFrame(list(self.rows())).set_index("index")
+
+    def load_model(self, name: str | None = None) -> State:
+        """A trial's network with its weights: built by the job's own `build`, from the sweep's snapshot of its code.
+
+        Args:
+            name: a trial's index or id; the best trial by default.
+
+        Raises:
+            NothingMatched: no such trial, or its weights were not kept.
+            FolderError: somebody else could have written the code that would run.
+        """
+        best = self.best(1)
+        if name is None and not best:
+            raise NothingMatched(f"{self.id}: no trial is complete yet")
+        trial = self.plan.trial(best[0].index) if name is None else self.trial(name)
+        path = self.model(trial.index)
+        if path is None:
+            raise NothingMatched(
+                f"{self.id}: the weights of trial {trial.index} were not kept; "
+                f"the best {self.plan.spec.reduce.top} have theirs (reduce.top)"
+            )
+        check_trusted(self.paths)
+        return _load(self.paths, self.plan, trial, path)
+
+
+def check_trusted(paths: SweepPaths) -> None:
+    """Refuse to run code from a folder that anyone may write to, or that a third user owns.
+
+    Raises:
+        FolderError: names the file and the remedy.
+    """
+    for path in (paths.root, paths.plan, paths.code):
+        found = path.stat()
+        if found.st_mode & stat.S_IWOTH:
+            raise FolderError(f"{path}: anyone may write to it, so nothing in it is run; chmod o-w it first")
+        if found.st_uid not in (0, os.getuid()):
+            raise FolderError(f"{path}: belongs to user {found.st_uid}, so nothing in it is run; copy the sweep first")
+
+
+def _load(paths: SweepPaths, plan: PlanFile, trial: Trial, weights: Path) -> State:
+    from safetensors.torch import load_file
+
+    from orchestrator.job import load_job
+    from orchestrator.signatures import split
+
+    assert plan.spec.program is not None
+    job = load_job(paths.code, plan.spec.program)
+    if job.build is None:
+        raise NothingMatched(f"{plan.spec.program}: has no build(...), so load {weights} with safetensors by hand")
+    for_build, _ = split(trial.params, job.build, job.train)
+    state: State = job.build(**for_build)  # type: ignore[assignment]  # a job's build returns State, or training failed
+    state.net.load_state_dict(load_file(weights))
+    state.net.eval()
+    return state
+
+
+def _is_alive(writer: JsonObject, alive: Sequence[Live]) -> bool:
+    """Whether the process that wrote a record file's first line is among what is alive."""
+    return any(
+        writer.get("submission") == one.token
+        and (str(writer.get("pid")) == one.job if one.process else writer.get("job") == one.job)
+        and one.state in ("RUNNING", "COMPLETING", "SUSPENDED", "alive", "elsewhere")
+        for one in alive
+    )
+
+
+def _job(one: Live) -> Job:
+    job, _, task = one.job.partition("_")
+    return Job(job=job, task=task or one.what, state=one.state, reason=one.reason)
