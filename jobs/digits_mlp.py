@@ -3,7 +3,7 @@
     orc run jobs/digits_mlp.yaml                     on this machine
     orc submit jobs/digits_mlp.yaml                  on Slurm
 
-1,797 images of 8x8 pixels; the last 360 are for validation. Needs scikit-learn (pip install 'slurm-orchestrator[examples]').
+1,797 images of 8x8 pixels, of which 360, drawn once and for all, are for validation. Needs scikit-learn (pip install 'slurm-orchestrator[examples]').
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def data() -> tuple[Samples, Samples]:
     digits = load_digits()
     x = torch.from_numpy(digits.data).float() / 16
     y = torch.from_numpy(digits.target).long()
-    return (x[:-360], y[:-360]), (x[-360:], y[-360:])
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train_part, val_part = order[:-360], order[-360:]
+    return (x[train_part], y[train_part]), (x[val_part], y[val_part])
 
 
 def preload() -> None:
@@ -44,7 +46,7 @@ def losses(net: torch.nn.Module, batch: Samples) -> dict[str, torch.Tensor]:
     """Per-sample values, shape (batch,); "loss" is trained on."""
     x, y = batch
     z = net(x)
-    return {"loss": F.cross_entropy(z, y, reduction="none"), "error": (z.argmax(-1) != y).float()}
+    return {"loss": F.cross_entropy(z, y, reduction="none"), "accuracy": (z.argmax(-1) == y).float()}
 
 
 def train(trial: orc.Trial, *, epochs: int = 10, batch_size: int = 64) -> None:

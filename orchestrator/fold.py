@@ -85,6 +85,7 @@ class Fold:
         self._where_file = array("i", [-1]) * num_trials
         self._where_offset = array("q", [0]) * num_trials
         self.values = array("d", [0.0]) * num_trials
+        self._seconds = array("f", [0.0]) * num_trials
         self._next_attempt: dict[int, int] = {}
         self._closed: set[Attempt] = set()
         self._ends: dict[Attempt, Cause] = {}
@@ -155,6 +156,8 @@ class Fold:
         payload = line["payload"]
         value = payload.get("value") if isinstance(payload, dict) else None
         self.values[trial] = value if isinstance(value, (int, float)) else 0.0
+        took = line.get("seconds")
+        self._seconds[trial] = took if isinstance(took, (int, float)) else 0.0
 
     def _replaces(self, number: int, offset: int, trial: int, line: JsonObject, rank: int) -> bool:
         kept = self._ranks[trial]
@@ -255,6 +258,16 @@ class Fold:
     def num_bad_lines(self) -> int:
         """Lines that were not intact at the last look: torn by a crash, or not visible yet."""
         return sum(file.bad for file in self._files)
+
+    @property
+    def has_starts(self) -> bool:
+        """Whether any trial was ever started."""
+        return bool(self._next_attempt)
+
+    @property
+    def seconds(self) -> float:
+        """How long the kept outcomes took, in seconds, added up."""
+        return sum(self._seconds)
 
     def writers(self) -> dict[str, JsonObject]:
         """Writer id -> the first line of its file."""

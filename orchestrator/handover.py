@@ -64,7 +64,7 @@ class Handover:
         """
         num_wanted = self.submission.num_workers
         while part := next((part for part in self.submission.parts if not part.is_done), None):
-            if ledger.is_cancelled(self.paths, self.submission.token):
+            if (ended := ledger.cancelled_epoch(self.paths)) is not None and self.submission.epoch <= ended:
                 raise UsageError(f"{self.paths.id}: was cancelled; `orc resume {self.paths.id}` starts it again")
             if self.submission.on == "local":
                 self._start(part)
@@ -146,18 +146,21 @@ class Handover:
             raise SbatchRejected(_without_reducer(accepted, error)) from error
         if part.what == REDUCER or not slurm.is_over_limit(error):
             raise error
-        count = self._fewer(part)
+        count = self._fewer(part, accepted)
         if count < 1 and not accepted:
             raise error
         fewer = (replace(part, num_workers=count, asked=True, error=str(error)),) if count else ()
         reducer = tuple(other for other in self.submission.parts if other.what == REDUCER)
         self.submission = replace(self.submission, parts=(*accepted, *fewer, *reducer))
 
-    def _fewer(self, part: Part) -> int:
-        """The next smaller number of workers to try: what the limit leaves, less one for the reducer; or half."""
+    def _fewer(self, part: Part, accepted: tuple[Part, ...]) -> int:
+        """The next smaller number of workers to try: what the limit leaves, less one for the reducer.
+
+        Where the limit is unknown: half, or none beside arrays that were accepted, so that the reducer finds room.
+        """
         limit = slurm.submit_limit(patience=self.patience)
         if limit is None:
-            return part.num_workers // 2
+            return 0 if accepted else part.num_workers // 2
         self.rows = None
         taken = sum(row.is_live for row in self._queue())
         return max(0, min(part.num_workers - 1, limit - taken - 1))
@@ -174,13 +177,13 @@ class Handover:
         token = self.submission.token
         if process is not None:
             entry = ledger.submitted_process(token, part.what, process)
-            done = replace(part, process=process)
+            done = replace(part, asked=True, error=None, process=process)
         else:
             assert job is not None
             entry = ledger.submitted_job(
                 token, part.what, job=job.id, cluster=job.cluster, name=name, time_s=round(time.time(), 3)
             )
-            done = replace(part, job=job.id, cluster=job.cluster, name=name)
+            done = replace(part, asked=True, error=None, job=job.id, cluster=job.cluster, name=name)
         ledger.append(self.paths, entry)
         parts = tuple(done if other.what == part.what else other for other in self.submission.parts)
         self.submission = replace(self.submission, parts=parts)

@@ -236,9 +236,9 @@ def _with_result(submission: Submission, entry: JsonObject) -> Submission:
 def _result(part: Part, entry: JsonObject) -> Part:
     match entry:
         case {"process": dict(process)}:
-            return replace(part, process=Process.from_json(process))
+            return replace(part, error=None, process=Process.from_json(process))
         case {"job": str(job), "cluster": None | str() as cluster, "name": str(name)}:
-            return replace(part, job=job, cluster=cluster, name=name)
+            return replace(part, error=None, job=job, cluster=cluster, name=name)
         case {"error": str(error)}:
             return replace(part, error=error)
     raise OrcError(f"the ledger holds a result that this version does not understand: {entry!r}")

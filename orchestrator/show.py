@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 import orjson
 
-from orchestrator.store import Json
+from orchestrator.store import Json, JsonObject
 from orchestrator.sweep import Best, Standing, Sweep
 
 __all__ = ["best", "standing", "summary", "table"]
@@ -23,7 +24,9 @@ def table(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
     """Rows as aligned columns; numbers to the right."""
     lines = [list(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(indent + "  ".join(_cell(*pair) for pair in zip(row, widths, strict=True)).rstrip() for row in lines)
+    return "\n".join(
+        indent + "  ".join(_cell(*pair) for pair in zip(row, widths, strict=True)).rstrip() for row in lines
+    )
 
 
 def _cell(text: str, width: int) -> str:
@@ -35,10 +38,15 @@ def best(found: list[Best], metric: str) -> str:
     """The best trials as a table: rank, trial, value, parameters that differ, model."""
     if not found:
         return "  no trial is complete yet"
+    others = list(dict.fromkeys(name for one in found for name in one.metrics if name != metric))
     names = list(dict.fromkeys(name for one in found for name in one.params))
-    head = ["#", "trial", metric, *names]
+    head = ["#", "trial", metric, *others, *names]
     rows = [
-        [str(rank), one.trial, number(one.value), *(number(one.params.get(name)) for name in names)]
+        [
+            *(str(rank), one.trial, number(one.value)),
+            *(number(one.metrics.get(name)) for name in others),
+            *(number(one.params.get(name)) for name in names),
+        ]
         for rank, one in enumerate(found, 1)
     ]
     text = table([head, *rows])
@@ -60,6 +68,34 @@ def summary(sweep: Sweep) -> str:
         lines.append(table([names, [number(value) for value in values]]))
         lines.append(f"  mean {number(found['mean'])}, standard deviation {number(found['std'])}")
     return "\n".join(lines)
+
+
+def times(sweep: Sweep) -> str:
+    """How long the trials themselves took."""
+    total, done = sweep.fold.seconds, sweep.plan.num_trials - sweep.fold.num_missing
+    return (
+        f"  the trials themselves took {total:.1f} s, {1000 * total / done:.0f} ms each" if done else "  no trial ended"
+    )
+
+
+def standing_json(sweep: Sweep, found: Standing) -> JsonObject:
+    """What `orc status --json` shows."""
+    top = sweep.best(1)
+    jobs: list[Json] | None = None if found.jobs is None else [asdict(one) for one in found.jobs]
+    disagreements: list[Json] = [{"trial": trial, "hosts": list(hosts)} for trial, hosts in found.disagreements]
+    failures: list[Json] = [{"error": text, "first": first, "count": count} for text, first, count in found.failures]
+    return {
+        "sweep": sweep.id,
+        "dir": str(sweep.paths.root),
+        "trials": dict(found.trials),
+        "retries": dict(found.retries),
+        "failures": failures,
+        "disagreements": disagreements,
+        "bad_lines": found.bad_lines,
+        "mixed": list(found.mixed),
+        "jobs": jobs,
+        "best": top[0].to_json() if top else None,
+    }
 
 
 def _retries(found: Standing) -> list[str]:

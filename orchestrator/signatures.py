@@ -3,10 +3,10 @@
     signatures = check("train.py", {"lr", "epochs"}, folder)     raises ProgramError when they don't fit
     for_build, for_train = split(params, module.build, module.train)
 
-A program is `train.py`, `train.py:function` or `package.module:function`, relative to the sweep file's folder; the function is
-called with the trial first and the sweep's parameters by keyword (by default it is `train`). A top-level function `build`
-beside it takes parameters too. Where the source is out of sight, or a name is not bound by a plain `def`, nothing is checked
-here, and the job's own import has the last word.
+A program is `train.py`, `train.py:function` or `package.module:function`, relative to the sweep file's folder. The
+function (`train`, if none is named) is called with the trial first and the sweep's parameters by keyword; a top-level
+function `build` beside it takes parameters too. Where the source is out of sight, or a name is not bound by a plain
+`def`, nothing is checked here, and the job's own import has the last word.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def _function(node: ast.FunctionDef, *, skip_first: bool) -> Function:
 
 
 def _build(node: ast.FunctionDef, tree: ast.Module) -> Function:
-    """`build`; when it is never handed to `trial.build`, it may be a helper that is called by hand: nothing is required."""
+    """`build`; one that is never handed to `trial.build` may be a helper, of which nothing is required."""
     function = _function(node, skip_first=False)
     if any(_hands_over_build(each) for each in ast.walk(tree)):
         return function
@@ -217,7 +217,7 @@ def _module_file(module: str, folder: Path) -> Path | None:
     top, *inner = module.split(".")
     for root in _package_roots(top, folder):
         base = root.joinpath(*inner)
-        for file in (base.with_name(base.name + ".py"), base / "__init__.py"):
+        for file in (base / "__init__.py", base.with_name(base.name + ".py")):
             if file.is_file():
                 return file
     return None
@@ -241,7 +241,7 @@ def _package_roots(top: str, folder: Path) -> Iterator[Path]:
 def split(
     params: dict[str, Json], build: Callable[..., object] | None, train: Callable[..., object]
 ) -> tuple[dict[str, Json], dict[str, Json]]:
-    """The parameters that `build` takes, and those that `train` takes after the trial; a name that both take goes to both.
+    """The parameters that `build` takes, and those that `train` takes after the trial; what both take goes to both.
 
     Raises:
         ProgramError: a parameter that neither takes.

@@ -385,7 +385,7 @@ def _pairs(line: str) -> dict[str, str]:
     pieces = re.split(r"(?:^| )([A-Z][A-Za-z/:]*)=", line)
     found: dict[str, str] = {}
     for key, value in zip(pieces[1::2], pieces[2::2], strict=True):
-        found.setdefault(key, value)
+        found.setdefault(key, value.strip())
     return found
 
 

@@ -476,6 +476,9 @@ def resubmit(
         alive = live(paths, patience=patience)
         if alive and not force:
             return _still_alive(paths, spec, before[-1], alive, patience)
+        if ledger.cancelled_epoch(paths) is not None:
+            # Renewed, so that a mark that nobody can read doesn't end the new epoch as well.
+            _mark_cancelled(paths)
         where = on or (before[-1].on if before else "slurm")
         living = {job.token for job in alive}
         submission = _submission(

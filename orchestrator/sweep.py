@@ -71,6 +71,7 @@ class Best:
         params: its parameters.
         seed: its seed.
         attempts: how often it was started.
+        metrics: all metrics of the report that counts.
         model: its weights; None if they are not there, as with a program that reports only.
     """
 
@@ -81,6 +82,7 @@ class Best:
     seed: int
     attempts: int
     model: Path | None
+    metrics: JsonObject
 
     def to_json(self) -> JsonObject:
         """As `orc best --json` shows it."""
@@ -102,7 +104,8 @@ class Standing:
     """Where a sweep stands.
 
     Args:
-        trials: number of trials by waiting, running, complete, diverged, pruned, failed, cancelled; adds up to the plan.
+        trials: number of trials by waiting, running, complete, diverged, pruned, failed, cancelled; adds up to the
+            plan.
         retries: attempts that ended without an outcome, by cause.
         failures: what failed trials say of their cause, the first that says so, and how many do.
         disagreements: trials with outcomes that differ, and the hosts that wrote them.
@@ -179,7 +182,12 @@ class Sweep:
             seed=trial.seed,
             attempts=self.fold.attempts(index),
             model=self.model(index),
+            metrics=self._metrics(index),
         )
+
+    def _metrics(self, index: int) -> JsonObject:
+        metrics = self.fold.payload(index).get("metrics")
+        return metrics if isinstance(metrics, dict) else {}
 
     def model(self, index: int) -> Path | None:
         """The file with the weights of a trial, if they were kept."""
@@ -217,7 +225,7 @@ class Sweep:
         return Standing(
             trials=self._counts(alive),
             retries={cause.value: number for cause, number in sorted(self.fold.retries().items())},
-            failures=self._failures(),
+            failures=self.failures(),
             disagreements=[(found.trial, found.hosts) for found in self.fold.disagreements],
             bad_lines=self.fold.num_bad_lines,
             mixed=self._mixed(),
@@ -248,7 +256,8 @@ class Sweep:
             "cancelled": rest if is_cancelled else 0,
         }
 
-    def _failures(self) -> list[tuple[str, int, int]]:
+    def failures(self) -> list[tuple[str, int, int]]:
+        """What failed trials say of their cause: (text, first trial, how many say so)."""
         found: dict[str, tuple[int, int]] = {}
         for index in self.fold.trials(Status.FAILED):
             error = str(self.fold.payload(index).get("error", "")).splitlines()

@@ -84,7 +84,7 @@ def test_one_that_ignores_term_is_killed_with_its_group(start: Callable[..., loc
     child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {IGNORES_TERM!r}, sys.argv[1]]);"
     process = start(child + IGNORES_TERM, "a-child-of-its-own")
     assert eventually(lambda: len(local.find("a-child-of-its-own")) == 2)
-    assert local.stop(process, grace_s=0.05, kill_s=5)
+    assert local.stop(process, grace_s=0.05, kill_s=0.5)
     assert eventually(lambda: local.find("a-child-of-its-own") == [])
 
 

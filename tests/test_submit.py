@@ -334,6 +334,16 @@ def test_a_cancelled_sweep_is_resumed_not_submitted(fake: FakeSlurm, paths: Swee
     assert submit.submit(paths, plan).already
 
 
+def test_a_mark_that_nobody_can_read_ends_every_submission_but_no_later_one(
+    fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan
+) -> None:
+    token = submit.submit(paths, plan).submission.token
+    paths.cancelled.write_bytes(b"\0\0")
+    assert ledger.is_cancelled(paths, token)
+    fake.jobs = []
+    assert not ledger.is_cancelled(paths, submit.resubmit(paths, plan, missing=5).submission.token)
+
+
 def test_nothing_is_resumed_beside_something_alive(fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan) -> None:
     first = submit.submit(paths, plan).submission
     fake.jobs = fake.jobs[:1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from orchestrator.lab.start import start, start_daemon
 __all__ = ["Lab", "LabStatus", "default_root"]
 
 _LOCK_LIMIT_S = 120.0
+# slurm.conf has no quoting, splits at spaces and commas, expands % and ends a line at #.
+_SAFE_PATH = re.compile(r"[\w./+@~-]+")
 
 
 def default_root() -> Path:
@@ -42,7 +45,7 @@ class LabStatus:
         options: what it was started with; None when it is down.
         daemons: name and pid of each daemon, None for one that does not run.
         nodes: name and state of each node, in Slurm's word; empty when Slurm does not answer.
-        num_jobs: jobs that wait or run; an array counts once.
+        num_jobs: jobs that wait or run, an array counting once; None when Slurm does not answer.
     """
 
     root: Path
@@ -50,7 +53,7 @@ class LabStatus:
     options: LabOptions | None = None
     daemons: tuple[tuple[str, int | None], ...] = ()
     nodes: tuple[tuple[str, str], ...] = ()
-    num_jobs: int = 0
+    num_jobs: int | None = None
 
     def __str__(self) -> str:
         if self.options is None:
@@ -60,16 +63,22 @@ class LabStatus:
             f"lab {self.root}: {'up' if self.up else 'broken'}",
             f"  nodes: {', '.join(f'{name} {state}' for name, state in self.nodes) or 'no answer from Slurm'}",
             f"  {self.options.cpus} cpus a node; partition high preempts partition low: {self.options.preempt_mode}",
-            f"  jobs: {self.num_jobs}",
+            f"  jobs: {'unknown' if self.num_jobs is None else self.num_jobs}",
         ]
         return "\n".join(lines + ([f"  not running: {dead}"] if dead else []))
 
 
 class Lab:
-    """The lab in the folder `root`. It holds nothing: any process may make a `Lab` of the same folder and act on it."""
+    """The lab in the folder `root`. It holds nothing: any process may make a `Lab` of the same folder and act on it.
+
+    Raises:
+        UsageError: the path has characters that mean something else in Slurm's configuration.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        if not _SAFE_PATH.fullmatch(str(self.root)):
+            raise UsageError(f"{str(self.root)!r}: the path of a lab may have letters, digits and . _ / + @ ~ - only")
 
     def up(self, options: LabOptions | None = None) -> bool:
         """Start it and return once every node is idle. False when it was up already.
@@ -121,13 +130,15 @@ class Lab:
         if facts is None:
             return LabStatus(root=self.root, up=False)
         alive = {name: process.pid for name, process in facts.daemons.items() if process.alive()}
+        # Without one of these two every question takes Slurm's whole patience.
+        answers = {"munged", "slurmctld"} <= alive.keys()
         return LabStatus(
             root=self.root,
             up=self._runs(facts),
             options=facts.options,
             daemons=tuple((name, alive.get(name)) for name in daemon_names(facts.options)),
-            nodes=tuple(node_states(self._files).items()),
-            num_jobs=len(job_ids(self._files)),
+            nodes=tuple(node_states(self._files).items()) if answers else (),
+            num_jobs=len(job_ids(self._files)) if answers else None,
         )
 
     def env(self) -> dict[str, str]:

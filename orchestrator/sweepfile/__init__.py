@@ -69,7 +69,12 @@ def _decoded(data: bytes, file: str) -> str:
 
 
 def parse(text: str, *, file: str = "sweep.yaml", overrides: Sequence[str] = ()) -> SweepSpec:
-    """The sweep of a sweep file's text; `file` is what messages call it, and its stem the sweep's name if there is none.
+    """The sweep of a sweep file's text.
+
+    Args:
+        text: the file's.
+        file: what messages call it; its stem is the name of a sweep that gives none.
+        overrides: as of `read`.
 
     Raises:
         SweepFileError: every problem that there is.

@@ -8,7 +8,7 @@ from orchestrator.store import Json
 from orchestrator.sweepfile.sheet import Sheet
 from orchestrator.wording import describe, nearest
 
-__all__ = ["check_slurm"]
+__all__ = ["check_slurm", "option_fault"]
 
 _OWNED = {
     "array": "set by the number of blocks; see launch.trials_per_task, launch.max_workers and launch.throttle",
@@ -57,7 +57,7 @@ def check_slurm(sheet: Sheet, path: tuple[str, ...]) -> None:
     for part in path:
         section = section.get(part) if isinstance(section, dict) else None
     for name, value in section.items() if isinstance(section, dict) else ():
-        fault = _option_fault(name)
+        fault = option_fault(name)
         if fault:
             sheet.blame((*path, name), fault, key=True)
         elif isinstance(value, list | dict):
@@ -66,7 +66,7 @@ def check_slurm(sheet: Sheet, path: tuple[str, ...]) -> None:
             sheet.blame((*path, name), f"found {describe(value)}, expected one line of printable characters")
 
 
-def _option_fault(name: str) -> str | None:
+def option_fault(name: str) -> str | None:
     if name in _OWNED:
         return f"not for you to set: {_OWNED[name]}"
     if name in _SBATCH:

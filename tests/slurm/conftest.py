@@ -40,7 +40,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def shared_lab(root: Path, options: LabOptions) -> Iterator[Lab]:
-    """The lab in `root`. Whoever comes first starts it; whoever leaves last ends it, since a dead process holds no lock."""
+    """The lab in `root`. Whoever comes first starts it, whoever leaves last ends it; a dead process holds no lock."""
     lab = Lab(root)
     with root.with_suffix(".users").open("a") as users:
         fcntl.flock(users, fcntl.LOCK_SH)

@@ -1,7 +1,7 @@
 """What reaches a worker when Slurm wants it gone, for every launch form as rendered: the table of notices, row by row.
 
-All jobs run at the same time, since a time limit takes a minute; whichever xdist worker comes first watches them and the
-others read what it saw. The process under the script is `listener.py`.
+All jobs run at the same time, since a time limit takes a minute; whichever xdist worker comes first watches them, and
+the others read what it saw. The process under the script is `listener.py`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,10 @@
+"""`orc`, and `python -m orchestrator`."""
+
+from __future__ import annotations
+
+from orchestrator.cli import main
+
+__all__ = ["main"]
+
+if __name__ == "__main__":
+    main()

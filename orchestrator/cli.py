@@ -1,0 +1,396 @@
+"""The command line: parse, call, print.
+
+Data goes to stdout, progress and remarks to stderr. Exit codes: 0 fine, 1 our fault, 2 bad usage or configuration, 3
+nothing matched, 4 some trials failed or are missing, 5 Slurm unreachable, 75 preempted or interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import click
+
+from orchestrator import __version__
+from orchestrator.errors import OrcError, Preempted, TrialsFailed
+
+if TYPE_CHECKING:
+    from typing import Literal, Unpack
+
+    from orchestrator.lab import Lab
+    from orchestrator.store import Json
+    from orchestrator.submit import Receipt
+    from orchestrator.sweep import Sweep
+
+__all__ = ["main"]
+
+
+class LabSettings(TypedDict):
+    """Options of `orc lab up`."""
+
+    nodes: int
+    cpus: int
+    preempt_mode: Literal["REQUEUE", "CANCEL", "SUSPEND"]
+    grace_time_s: int
+    send_user_signal: bool
+    accounting: bool
+
+
+def _print_json(value: Json) -> None:
+    import orjson
+
+    click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _runs(folder: Path | None) -> Path:
+    from orchestrator.sweep import default_runs
+
+    return folder.absolute() if folder else default_runs()
+
+
+def _open(name: str | None, folder: Path | None) -> Sweep:
+    from orchestrator.sweep import Sweep
+
+    return Sweep.open(name, runs=_runs(folder))
+
+
+_dir = click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Where sweeps live (default ./runs, or $ORC_DIR)."
+)
+_sweep = click.argument("sweep", required=False)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, with stable keys.")
+_file = click.argument("sweep_file", type=click.Path(path_type=Path))
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="orc")
+def cli() -> None:
+    """Sweeps on Slurm, or on this machine, that cannot lose or double-count a trial.
+
+    SWEEP is a name, an id or a folder; the newest sweep by default.
+    """
+
+
+# Starting
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path())
+@click.option("--job", default="digits_mlp", help="Which of the example jobs.")
+def init(folder: Path, job: str) -> None:
+    """Copy an example job and its sweep file to FOLDER, to start from."""
+    from orchestrator import examples
+
+    for path in examples.copy(job, folder):
+        click.echo(path)
+    _say(f"try it: orc run {folder / job}.yaml")
+
+
+@cli.command()
+@_file
+@_overrides
+@_dir
+@click.option("--workers", type=click.IntRange(min=1), help="Trials at the same time (default: one a core).")
+@click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many trials to show.")
+def run(sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, workers: int | None, top: int) -> None:
+    """Run a sweep on this machine, with progress, to the best trials; one that was stopped goes on."""
+    from orchestrator import intake, running
+
+    runs = _runs(folder)
+    taken = intake.read(sweep_file, list(overrides), runs=runs)
+    sweep = running.run(taken, runs, workers=workers)
+    _show_results(sweep, top)
+    if sweep.fold.num_missing:
+        raise TrialsFailed(f"{sweep.id}: {sweep.fold.num_missing} trials are missing; run the same command again")
+    _fail_if_failed(sweep)
+
+
+def _show_results(sweep: Sweep, top: int) -> None:
+    from orchestrator import show
+
+    click.echo(show.summary(sweep))
+    click.echo(show.times(sweep))
+    click.echo(f"best of {sweep.id}:")
+    click.echo(show.best(sweep.best(top), sweep.plan.spec.metric.name))
+
+
+def _fail_if_failed(sweep: Sweep) -> None:
+    failures = sweep.failures()
+    if failures:
+        lines = [f"{number} trials failed: {text} (first: trial {index})" for text, index, number in failures]
+        raise TrialsFailed("\n".join([*lines, f"`orc logs {failures[0][1]} {sweep.id}` shows what one printed"]))
+
+
+@cli.command()
+@_file
+@_overrides
+@_dir
+@_json
+@click.option("--scripts", is_flag=True, help="Print the sbatch scripts.")
+def plan(sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, as_json: bool, scripts: bool) -> None:
+    """Show what a sweep would do. Writes and submits nothing."""
+    from orchestrator import intake, preview
+
+    taken = intake.read(sweep_file, list(overrides), runs=_runs(folder))
+    if scripts:
+        click.echo(preview.scripts(taken, _runs(folder)), nl=False)
+    elif as_json:
+        _print_json(preview.as_json(taken))
+    else:
+        click.echo(preview.text(taken))
+
+
+@cli.command()
+@_file
+@_overrides
+@_dir
+@click.option("--on", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), help="Workers at most.")
+@click.option("--test-only", is_flag=True, help="Ask sbatch whether it would take the scripts; submit nothing.")
+def submit(
+    sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, on: str, workers: int | None, test_only: bool
+) -> None:
+    """Hand a sweep to Slurm, or to this machine, and return at once. Submitting twice submits once."""
+    from orchestrator import intake
+    from orchestrator import submit as handing
+
+    runs = _runs(folder)
+    taken = intake.read(sweep_file, list(overrides), runs=runs)
+    if test_only:
+        from orchestrator.paths import SweepPaths
+
+        for line in handing.check(SweepPaths(runs / taken.plan.id), taken.plan, workers=workers):
+            click.echo(line)
+        return
+    taken.check_program()
+    paths = taken.store(runs)
+    receipt = handing.submit(paths, taken.plan, on="local" if on == "local" else "slurm", workers=workers)
+    _show_receipt(paths.id, receipt)
+
+
+def _show_receipt(sweep_id: str, receipt: Receipt) -> None:
+    for note in receipt.notes:
+        _say(note)
+    for job in receipt.alive:
+        _say(f"still there: {job.what} {job.job} {job.state} {job.reason}".rstrip())
+    if receipt.submission is not None:
+        how = "already submitted" if receipt.already else "submitted"
+        parts = [f"{part.what} {part.job or ''}".strip() for part in receipt.submission.parts]
+        _say(f"{how}: {', '.join(parts)}")
+    click.echo(sweep_id)
+
+
+# Reading
+
+
+@cli.command()
+@_sweep
+@_dir
+@_json
+def status(sweep: str | None, folder: Path | None, as_json: bool) -> None:
+    """Show where a sweep stands: trials, retries, failures, jobs, and the command that helps."""
+    from orchestrator import show
+
+    found = _open(sweep, folder)
+    standing = found.standing()
+    if as_json:
+        _print_json(show.standing_json(found, standing))
+    else:
+        click.echo(show.standing(found, standing))
+
+
+@cli.command()
+@_sweep
+@_dir
+@_json
+def summary(sweep: str | None, folder: Path | None, as_json: bool) -> None:
+    """Show count, mean, spread and quantiles of the objective over all complete trials."""
+    from orchestrator import show
+
+    found = _open(sweep, folder)
+    if as_json:
+        _print_json(found.summary())
+    else:
+        click.echo(show.summary(found))
+
+
+@cli.command()
+@_sweep
+@_dir
+@_json
+@click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="How many trials.")
+def best(sweep: str | None, folder: Path | None, as_json: bool, top: int) -> None:
+    """Show the best trials, their parameters and their models."""
+    from orchestrator import show
+    from orchestrator.errors import NothingMatched
+
+    found = _open(sweep, folder)
+    ranked = found.best(top)
+    if as_json:
+        _print_json([one.to_json() for one in ranked])
+    if not ranked:
+        raise NothingMatched(f"{found.id}: no trial is complete yet; `orc status {found.id}` shows where it stands")
+    if not as_json:
+        click.echo(show.best(ranked, found.plan.spec.metric.name))
+
+
+@cli.command()
+@click.argument("trial")
+@_sweep
+@_dir
+@click.option("-f", "--follow", is_flag=True, help="Go on printing until the trial has an outcome.")
+def logs(trial: str, sweep: str | None, folder: Path | None, follow: bool) -> None:
+    """Show what a trial printed, all attempts, each marked."""
+    from orchestrator import logs as reading
+
+    found = _open(sweep, folder)
+    reading.show(found, found.trial(trial), follow=follow, write=lambda text: click.echo(text, nl=False))
+
+
+# Going on and ending
+
+
+@cli.command()
+@_sweep
+@_dir
+@click.option("--failed", is_flag=True, help="Run failed trials again, too.")
+@click.option("--set", "settings", multiple=True, metavar="slurm.KEY=VALUE", help="Other sbatch options from now on.")
+@click.option("--on", type=click.Choice(["slurm", "local"]), help="Where (default: as before).")
+@click.option("--workers", type=click.IntRange(min=1), help="Workers at most.")
+def resume(
+    sweep: str | None,
+    folder: Path | None,
+    failed: bool,
+    settings: tuple[str, ...],
+    on: str | None,
+    workers: int | None,
+) -> None:
+    """Submit exactly what is missing. Harmless while jobs still run, and any number of times."""
+    from orchestrator import running
+
+    found = _open(sweep, folder)
+    receipt = running.resume(found, failed=failed, settings=list(settings), on=on, workers=workers)
+    if receipt is None:
+        _say(f"{found.id}: nothing is missing")
+        click.echo(found.id)
+        return
+    _show_receipt(found.id, receipt)
+
+
+@cli.command()
+@_sweep
+@_dir
+def cancel(sweep: str | None, folder: Path | None) -> None:
+    """End a sweep's jobs and processes; `orc resume` starts it again."""
+    from orchestrator import submit as handing
+
+    found = _open(sweep, folder)
+    ended = handing.cancel(found.paths)
+    _say(f"{found.id}: cancelled, {len(ended)} jobs or processes were told to end")
+    click.echo(found.id)
+
+
+# Around
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of sweep files, for editors."""
+    from orchestrator import sweepfile
+
+    _print_json(sweepfile.json_schema())
+
+
+@cli.group()
+def lab() -> None:
+    """Run a real Slurm of several nodes on this machine, to try things on."""
+
+
+_lab_dir = click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="The lab's folder (default ~/.cache/orchestrator/lab)."
+)
+
+
+def _lab(folder: Path | None) -> Lab:
+    from orchestrator.lab import Lab, default_root
+
+    return Lab(folder or default_root())
+
+
+@lab.command()
+@_lab_dir
+@click.option("--nodes", default=4, show_default=True, help="Number of nodes.")
+@click.option("--cpus", default=4, show_default=True, help="Processors that each node claims to have.")
+@click.option(
+    "--preempt-mode",
+    type=click.Choice(["REQUEUE", "CANCEL", "SUSPEND"]),
+    default="REQUEUE",
+    show_default=True,
+    help="What happens to a preempted job.",
+)
+@click.option("--grace-time", "grace_time_s", default=10, show_default=True, help="GraceTime in seconds.")
+@click.option("--send-user-signal", is_flag=True, help="Preempted jobs get the signal of --signal at once.")
+@click.option("--accounting", is_flag=True, help="With slurmdbd over MariaDB, so that sacct works.")
+def up(folder: Path | None, **options: Unpack[LabSettings]) -> None:
+    """Start the lab: munge, slurmctld and several slurmd, in a folder of their own."""
+    from orchestrator.lab import LabOptions
+
+    found = _lab(folder)
+    began = found.up(LabOptions(**options))
+    _say("started" if began else "already up")
+    click.echo(str(found.status()))
+    _say(f'try it: eval "$(orc lab env{_lab_argument(folder)})"; sinfo')
+
+
+def _lab_argument(folder: Path | None) -> str:
+    return f" --dir {shlex.quote(str(folder))}" if folder else ""
+
+
+@lab.command()
+@_lab_dir
+def down(folder: Path | None) -> None:
+    """Stop the lab and everything that runs in it."""
+    _say("stopped" if _lab(folder).down() else "was not up")
+
+
+@lab.command(name="status")
+@_lab_dir
+def lab_status(folder: Path | None) -> None:
+    """Show whether the lab is up, its nodes and its jobs."""
+    click.echo(str(_lab(folder).status()))
+
+
+@lab.command()
+@_lab_dir
+def env(folder: Path | None) -> None:
+    """Print what a shell needs so that sbatch and squeue talk to the lab; for `eval`."""
+    for name, value in _lab(folder).env().items():
+        click.echo(f"export {name}={shlex.quote(value)}")
+
+
+def main() -> None:
+    """Entry of `orc`: errors become a text and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except OrcError as error:
+        _say(f"orc: {error}")
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("orc: interrupted")
+        code = Preempted.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python must not complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,72 @@
+"""What a trial printed: the pieces of the workers' logs between its marks, every attempt."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from orchestrator.errors import NothingMatched
+from orchestrator.plan import Trial
+from orchestrator.sweep import Sweep
+
+__all__ = ["pieces", "show"]
+
+_LOOK_S = 0.5
+_MARK = re.compile(rb"=== trial (\S+) attempt (\d+): ")
+
+
+def pieces(logs: Path, trial: str) -> Iterator[tuple[int, Path, bytes]]:
+    """(attempt, log file, text with its marks) for every attempt at a trial, in the order of the attempts.
+
+    An attempt that was cut off has no closing mark; its text ends where the next one's begins, or with the file.
+    """
+    found = [piece for path in sorted(logs.glob("*.log")) for piece in _in_file(path, trial.encode())]
+    yield from sorted(found, key=lambda piece: piece[0])
+
+
+def _in_file(path: Path, trial: bytes) -> Iterator[tuple[int, Path, bytes]]:
+    lines: list[bytes] = []
+    attempt = -1
+    with path.open("rb") as file:
+        for line in file:
+            mark = _MARK.match(line)
+            if mark and attempt >= 0 and (mark[1] != trial or int(mark[2]) != attempt):
+                yield attempt, path, b"".join(lines)
+                lines, attempt = [], -1
+            if mark and mark[1] == trial and attempt < 0:
+                attempt = int(mark[2])
+            if attempt >= 0:
+                lines.append(line)
+            if mark and attempt >= 0 and len(lines) > 1:
+                yield attempt, path, b"".join(lines)
+                lines, attempt = [], -1
+    if attempt >= 0:
+        yield attempt, path, b"".join(lines)
+
+
+def show(sweep: Sweep, trial: Trial, *, follow: bool, write: Callable[[str], None]) -> None:
+    """Write what a trial printed; with `follow`, go on until it has an outcome.
+
+    Raises:
+        NothingMatched: it has not begun.
+    """
+    shown: dict[tuple[int, Path], int] = {}
+    _write_new(sweep, trial, shown, write)
+    while follow and sweep.refresh().fold.status(trial.index) is None:
+        time.sleep(_LOOK_S)
+        _write_new(sweep, trial, shown, write)
+    if follow:
+        _write_new(sweep, trial, shown, write)
+    if not shown:
+        raise NothingMatched(f"{sweep.id}: trial {trial.index} has printed nothing yet; `orc status` shows what runs")
+
+
+def _write_new(sweep: Sweep, trial: Trial, shown: dict[tuple[int, Path], int], write: Callable[[str], None]) -> None:
+    for attempt, path, text in pieces(sweep.paths.logs, trial.trial):
+        before = shown.get((attempt, path), 0)
+        if before == 0:
+            write(f"--- {path.name}\n")
+        write(text[before:].decode(errors="replace"))
+        shown[attempt, path] = len(text)

@@ -1,0 +1,54 @@
+"""What a sweep would do, shown without writing or submitting anything."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from orchestrator import handover, show
+from orchestrator.intake import Intake
+from orchestrator.ledger import Part, Submission
+from orchestrator.paths import SweepPaths
+from orchestrator.plan import blocks
+from orchestrator.store import JsonObject
+
+__all__ = ["as_json", "scripts", "text"]
+
+_SHOWN = 5
+_NO_TOKEN = "0" * 32
+
+
+def as_json(taken: Intake) -> JsonObject:
+    """What `orc plan --json` shows: the sweep's id, and every trial."""
+    return {"sweep": taken.plan.id, "trials": [trial.to_json() for trial in taken.plan]}
+
+
+def text(taken: Intake) -> str:
+    """The sweep in a few lines: how many trials in how many blocks, and the first of them."""
+    plan, spec = taken.plan, taken.plan.spec
+    size, count = blocks(plan.num_trials, spec.launch.trials_per_task)
+    lines = [
+        f"{plan.id}: {plan.num_trials} trials ({spec.method}), {count} blocks of {size}",
+        f"  {spec.metric.goal} {spec.metric.name}, seed {spec.seed}, {spec.launch.cpus} threads a trial",
+        f"  code: {len(taken.snapshot.files)} files",
+        *(f"  left out of the code: {line}" for line in taken.snapshot.skipped),
+    ]
+    first = list(islice(plan, _SHOWN))
+    if first:
+        names = list(dict.fromkeys(name for trial in first for name in trial.params))
+        rows = [[trial.trial, *(show.number(trial.params.get(name)) for name in names)] for trial in first]
+        lines.append(show.table([["trial", *names], *rows]))
+    if plan.num_trials > _SHOWN:
+        lines.append(f"  ... and {plan.num_trials - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def scripts(taken: Intake, runs: Path) -> str:
+    """The sbatch scripts that a submission would hand over, one array of workers and the reducer."""
+    plan = taken.plan
+    workers = Part(what="workers-0", num_workers=blocks(plan.num_trials, plan.spec.launch.trials_per_task).count)
+    parts = (workers, Part(what=handover.REDUCER))
+    submission = Submission(token=_NO_TOKEN, epoch=0, on="slurm", host="", parts=parts)
+    paths = SweepPaths(runs / plan.id)
+    requests = (handover.request(paths, plan.spec, submission, part, num_arrays=1) for part in parts)
+    return "\n".join(handover.render(request).decode() for request in requests)
