@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,13 +58,18 @@ class Children:
     Args:
         paths: the sweep.
         environment: of every child.
+        log_of: the log file of a slot; None prints where this process does.
+
     Raises:
         ProgramError: from `poll`, when the program can't be imported here; carries its own error.
     """
 
-    def __init__(self, paths: SweepPaths, environment: dict[str, str]) -> None:
+    def __init__(
+        self, paths: SweepPaths, environment: dict[str, str], log_of: Callable[[int], Path | None] = lambda _: None
+    ) -> None:
         self._paths = paths
         self._environment = environment
+        self._log_of = log_of
         self.workers: dict[int, Worker] = {}
         self.ready = False
         self._forks = True
@@ -94,12 +99,17 @@ class Children:
     def _fork(self, slot: int) -> Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.channel.send({"fork": slot}, (theirs.fileno(),))
+            self.channel.send({"fork": slot, "log": self._log(slot)}, (theirs.fileno(),))
         return Worker(slot, Channel(ours))
 
     def _start_fresh(self, slot: int) -> Worker:
-        process, channel = self._spawn("--fresh")
+        log = self._log(slot)
+        process, channel = self._spawn("--fresh", *(("--log", log) if log else ()))
         return Worker(slot, channel, process.pid, process)
+
+    def _log(self, slot: int) -> str | None:
+        path = self._log_of(slot)
+        return None if path is None else str(path)
 
     def poll(self) -> Iterator[Exited]:
         """Take the news from the preloaded parent, after its channel became readable; yields the workers that ended."""

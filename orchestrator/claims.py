@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from orchestrator import store
 from orchestrator.paths import SweepPaths
 
-__all__ = ["Block", "Claims", "Growth", "blocks"]
+__all__ = ["Block", "Claims", "Growth"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -30,10 +30,10 @@ class Block:
         """The indices of the block's trials, in the order in which they run."""
         return range(self.first, self.last + 1)
 
-
-def blocks(num_trials: int, size: int) -> list[Block]:
-    """The blocks of a sweep of `num_trials`, `size` trials each, the last one maybe fewer."""
-    return [Block(first, min(first + size, num_trials) - 1) for first in range(0, num_trials, size)]
+    @classmethod
+    def all(cls, num_trials: int, size: int) -> list[Block]:
+        """The blocks of a sweep of `num_trials`, `size` trials each, the last one maybe fewer."""
+        return [cls(first, min(first + size, num_trials) - 1) for first in range(0, num_trials, size)]
 
 
 class Claims:

@@ -127,12 +127,14 @@ class Snapshot:
 
     Args:
         files: sorted by path.
+        root: the folder that it was taken of.
         program: the program's path inside; None where there is none.
         folder: path of the sweep file's folder inside, `.` for its top.
         skipped: what was left out that one might miss, one line each with the reason.
     """
 
     files: tuple[SnapshotFile, ...] = ()
+    root: Path = Path()
     program: str | None = None
     folder: str = "."
     skipped: tuple[str, ...] = ()
@@ -232,7 +234,7 @@ def survey(program: Path | None, base: Path, *, exclude: Sequence[Path] = ()) ->
     if inside and not any(file.path == inside for file in files):
         raise UsageError(f"{program}: looks like a credential or lies in a left-out folder; a program can't be one")
     folder = base.relative_to(root).as_posix() if base.is_relative_to(root) else "."
-    return Snapshot(files=files, program=inside, folder=folder, skipped=tuple(reader.skipped))
+    return Snapshot(files=files, root=root, program=inside, folder=folder, skipped=tuple(reader.skipped))
 
 
 def _is_within(path: Path, folders: set[Path]) -> bool:

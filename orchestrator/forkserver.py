@@ -7,7 +7,7 @@ safe only while this process has a single thread and no CUDA context, so both ar
 the parent says so and the supervisor starts every worker as a process of its own (`--fresh`). Messages, over
 `orchestrator.channel`:
 
-    to us      {"fork": slot} with the worker's end of its channel as a file descriptor
+    to us      {"fork": slot, "log": path or null} with the worker's end of its channel as a file descriptor
     from us    {"ready": true, "fork": bool}  or  {"broken": text} when the program can't be imported
                {"forked": slot, "pid": pid}, later {"exited": slot, "status": wait status}
 """
@@ -28,6 +28,7 @@ from pathlib import Path
 from orchestrator.channel import Channel
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
+from orchestrator.store import JsonObject
 
 __all__ = ["main"]
 
@@ -42,6 +43,15 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def print_to(log: str | None) -> None:
+    """Send all that this process prints to the end of a file; None leaves it as it is."""
+    if log is not None:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.close(handle)
 
 
 def load(paths: SweepPaths) -> Serve:
@@ -89,20 +99,21 @@ class ForkServer:
             if self._channel.fileno() in ready:
                 messages, fds = self._channel.receive_with_fds()
                 for message, fd in zip(messages, fds, strict=True):
-                    self._fork(int(str(message["fork"])), fd)
+                    self._fork(message, fd)
 
-    def _fork(self, slot: int, fd: int) -> None:
-        parent = os.getpid()
+    def _fork(self, message: JsonObject, fd: int) -> None:
+        slot, log, parent = int(str(message["fork"])), message["log"], os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_worker(parent, fd)
+            self._become_worker(parent, fd, str(log) if log else None)
         os.close(fd)
         self._slots[pid] = slot
         self._channel.send({"forked": slot, "pid": pid})
 
-    def _become_worker(self, parent: int, fd: int) -> None:
+    def _become_worker(self, parent: int, fd: int, log: str | None) -> None:
         status = 1
         try:
+            print_to(log)
             die_with_parent(parent)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -136,8 +147,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--fresh", action="store_true", help="serve here instead of forking")
+    parser.add_argument("--log", help="where a fresh worker prints")
     options = parser.parse_args(arguments)
     die_with_parent(os.getppid())
+    print_to(options.log)
     channel = Channel.from_fd(options.fd)
     try:
         serve = load(SweepPaths(options.dir))

@@ -38,7 +38,6 @@ class Handover:
         paths: of the sweep.
         spec: with the sbatch options that are wanted now.
         submission: with the layout that is wanted now.
-        retry_failed: whether its workers try failed trials again.
         patience: with Slurm.
         is_continued: an earlier command has begun it.
         rows: the queue, once it was asked for.
@@ -48,7 +47,6 @@ class Handover:
     paths: SweepPaths
     spec: SweepSpec
     submission: Submission
-    retry_failed: bool = False
     patience: slurm.Patience = slurm.PATIENCE
     is_continued: bool = False
     rows: list[slurm.JobRow] | None = None
@@ -168,7 +166,7 @@ class Handover:
     # The ledger
 
     def _announce(self, part: Part, script: str | None) -> None:
-        entry = ledger.intent(self.submission, part.what, script=script, retry_failed=self.retry_failed)
+        entry = ledger.intent(self.submission, part.what, script=script)
         ledger.append(self.paths, entry)
 
     def _note_result(

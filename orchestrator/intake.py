@@ -66,14 +66,16 @@ def read(path: Path, overrides: list[str], *, runs: Path) -> Intake:
     base = path.absolute().parent
     file = _program_file(spec, base)
     snapshot = code.survey(file, base, exclude=[runs.absolute(), path.absolute()])
-    root = base.resolve().parents[len(Path(snapshot.folder).parts) - 1] if snapshot.folder != "." else base.resolve()
     if spec.command is None and spec.program is not None:
         signatures.check(spec.program, spec.parameters.keys(), base)
     if file is not None and spec.program is not None:
         _, colon, function = spec.program.partition(":")
         spec = replace(spec, program=f"{snapshot.program}{colon}{function}")
     return Intake(
-        plan=SweepPlan(spec=spec, code=snapshot.digest), snapshot=snapshot, sweep_file=path.read_bytes(), root=root
+        plan=SweepPlan(spec=spec, code=snapshot.digest),
+        snapshot=snapshot,
+        sweep_file=path.read_bytes(),
+        root=snapshot.root,
     )
 
 

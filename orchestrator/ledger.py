@@ -93,6 +93,7 @@ class Submission:
         host: the machine that submitted it.
         parts: all of them, handed over or not.
         supersedes: tokens of earlier submissions that were seen dead when this one began.
+        retry_failed: whether its workers run trials again that failed under those.
     """
 
     token: str
@@ -101,6 +102,7 @@ class Submission:
     host: str
     parts: tuple[Part, ...]
     supersedes: tuple[str, ...] = ()
+    retry_failed: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -118,7 +120,7 @@ def comment_of(token: str, what: str) -> str:
     return f"orc:{token}:{what}"
 
 
-def intent(submission: Submission, what: str, *, script: str | None = None, retry_failed: bool = False) -> JsonObject:
+def intent(submission: Submission, what: str, *, script: str | None = None) -> JsonObject:
     """The line that goes before handing over part `what`."""
     parts: list[Json] = [[part.what, part.first_worker, part.num_workers] for part in submission.parts]
     return {
@@ -131,7 +133,7 @@ def intent(submission: Submission, what: str, *, script: str | None = None, retr
         "script": script,
         "parts": parts,
         "supersedes": list(submission.supersedes),
-        "retry_failed": retry_failed,
+        "retry_failed": submission.retry_failed,
     }
 
 
@@ -216,6 +218,7 @@ def _intended(before: Submission | None, token: str, entry: JsonObject) -> Submi
                 host=str(entry.get("host")),
                 parts=parts,
                 supersedes=tuple(map(str, supersedes)) if isinstance(supersedes, list) else (),
+                retry_failed=entry.get("retry_failed") is True,
             )
     raise OrcError(f"the ledger holds an intent that this version does not understand: {entry!r}")
 

@@ -111,6 +111,10 @@ class SweepPaths:
         """Folder of what workers print."""
         return self.root / "logs"
 
+    def slot_log(self, submission: str, slot: int) -> Path:
+        """What the worker in one slot of a supervisor with several prints; `submission` is the token."""
+        return self.logs / f"local-{submission[:8]}-{slot}.log"
+
     @property
     def folders(self) -> tuple[Path, ...]:
         """Every folder that a new sweep starts with."""

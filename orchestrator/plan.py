@@ -19,7 +19,6 @@ from typing import NamedTuple, Self, cast
 import orjson
 
 from orchestrator.errors import FolderError
-from orchestrator.space import Grid, random_points, trial_seed
 from orchestrator.spec import SweepSpec
 from orchestrator.store import JsonObject, canonical, write_lines
 
@@ -54,6 +53,9 @@ _TRIAL_KEYS = {"index", "trial", "params", "seed"}
 
 
 def _points(spec: SweepSpec) -> Callable[[int], JsonObject]:
+    # Imported by whoever plans; reading a plan back does not need it, and must be quick.
+    from orchestrator.space import Grid, random_points
+
     if spec.method == "grid":
         return Grid.of(spec.parameters, spec.zip).point
     return random_points(spec.parameters, spec.seed)
@@ -71,9 +73,13 @@ class SweepPlan:
     spec: SweepSpec
     code: str
     _point: Callable[[int], JsonObject] = field(init=False, repr=False, compare=False)
+    _seed: Callable[[int, int], int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        from orchestrator.space import trial_seed
+
         object.__setattr__(self, "_point", _points(self.spec))
+        object.__setattr__(self, "_seed", trial_seed)
 
     @property
     def id(self) -> str:
@@ -87,12 +93,14 @@ class SweepPlan:
         if self.spec.method == "random":
             assert self.spec.run_cap is not None
             return self.spec.run_cap
+        from orchestrator.space import Grid
+
         size = Grid.of(self.spec.parameters, self.spec.zip).size * self.spec.repeats
         return size if self.spec.run_cap is None else min(size, self.spec.run_cap)
 
     def trial(self, index: int) -> Trial:
         """Trial `index`: repeat `index % repeats` of configuration `index // repeats`."""
-        params, seed = self._point(index // self.spec.repeats), trial_seed(self.spec.seed, index)
+        params, seed = self._point(index // self.spec.repeats), self._seed(self.spec.seed, index)
         digest = sha256(canonical({"params": params, "seed": seed})).hexdigest()
         return Trial(index=index, trial=f"{index}-{digest[:8]}", params=params, seed=seed)
 

@@ -46,7 +46,7 @@ def text(taken: Intake) -> str:
 def scripts(taken: Intake, runs: Path) -> str:
     """The sbatch scripts that a submission would hand over, one array of workers and the reducer."""
     plan = taken.plan
-    workers = Part(what="workers-0", num_workers=blocks(plan.num_trials, plan.spec.launch.trials_per_task).count)
+    workers = Part(what="workers-0", num_workers=blocks(plan.num_trials, plan.spec.launch.trials_per_task).num_blocks)
     parts = (workers, Part(what=handover.REDUCER))
     submission = Submission(token=_NO_TOKEN, epoch=0, on="slurm", host="", parts=parts)
     paths = SweepPaths(runs / plan.id)

@@ -381,7 +381,10 @@ def show_job(job_id: str, *, patience: Patience = PATIENCE) -> dict[str, str] | 
 
 
 def _pairs(line: str) -> dict[str, str]:
-    """`Key=value` pairs whose values may hold spaces. The first of a key wins: free text, a mimic, is last."""
+    """`Key=value` pairs whose values may hold spaces. The first of a key wins: a comment, the mimic, is last.
+
+    A job's name stands before its state, so a name with ` JobState=` in it would win; our jobs' names are one word.
+    """
     pieces = re.split(r"(?:^| )([A-Z][A-Za-z/:]*)=", line)
     found: dict[str, str] = {}
     for key, value in zip(pieces[1::2], pieces[2::2], strict=True):

@@ -261,13 +261,11 @@ def _hand_over(
     *,
     patience: slurm.Patience,
     is_continued: bool = False,
-    retry_failed: bool = False,
 ) -> Receipt:
     handover = Handover(
         paths=paths,
         spec=spec,
         submission=submission,
-        retry_failed=retry_failed,
         patience=patience,
         is_continued=is_continued,
     )
@@ -487,7 +485,7 @@ def resubmit(
             epoch=before[-1].epoch + 1 if before else 0,
             supersedes=[one.token for one in before if one.token not in living],
         )
-        return _hand_over(paths, spec, submission, patience=patience, retry_failed=retry_failed)
+        return _hand_over(paths, spec, replace(submission, retry_failed=retry_failed), patience=patience)
 
 
 def _still_alive(

@@ -25,10 +25,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import claims, identity, models, records, slurm, store
+from orchestrator import claims, identity, ledger, models, records, slurm
 from orchestrator.channel import Channel
 from orchestrator.children import Children, Exited, memory_kills
-from orchestrator.errors import OrcError, SlurmUnreachable
+from orchestrator.errors import OrcError, ProgramError, SlurmUnreachable
 from orchestrator.fold import Fold
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile, blocks
@@ -86,7 +86,8 @@ class Supervisor:
         self._place = identity.SlurmPlace.of(os.environ)
         self._plan = PlanFile.open(options.paths.plan)
         self._spec = self._plan.spec
-        self._children = Children(options.paths, _environment(self._plan))
+        self._children = Children(options.paths, _environment(self._plan), self._log_of)
+        self._import_by = time.monotonic() + self._spec.launch.import_timeout_s
         self._writer = self._open_writer()
         self._source = self._open_source()
         self._podium = models.Podium(self._spec.metric, self._spec.reduce.top)
@@ -100,6 +101,10 @@ class Supervisor:
         self._last_call: float | None = None
         self._selector = selectors.DefaultSelector()
 
+    def _log_of(self, slot: int) -> Path | None:
+        """Trials that run side by side must not mix their lines."""
+        return self._paths.slot_log(self._options.submission, slot) if self._options.slots > 1 else None
+
     def _open_writer(self) -> RecordWriter:
         packages = (
             ("slurm-orchestrator",) if self._spec.command is not None else ("slurm-orchestrator", "torch", "numpy")
@@ -109,10 +114,9 @@ class Supervisor:
 
     def _open_source(self) -> Source:
         size = blocks(self._plan.num_trials, self._spec.launch.trials_per_task).size
-        intent = _intent(self._paths, self._options.submission)
-        supersedes = intent.get("supersedes")
+        submission = ledger.find(self._paths, self._options.submission)
         return Source(
-            claims.blocks(self._plan.num_trials, size),
+            claims.Block.all(self._plan.num_trials, size),
             self._options.worker,
             claims=claims.Claims(self._paths, self._writer.writer),
             fold=Fold(self._paths, self._plan.num_trials),
@@ -121,8 +125,8 @@ class Supervisor:
                 submission=self._options.submission,
                 job=self._place.job if self._place else None,
                 restarts=self._place.restarts if self._place else 0,
-                superseded=frozenset(map(str, supersedes)) if isinstance(supersedes, list) else frozenset(),
-                retry_failed=bool(intent.get("retry_failed")),
+                superseded=frozenset(submission.supersedes if submission else ()),
+                retry_failed=submission is not None and submission.retry_failed,
             ),
         )
 
@@ -161,7 +165,18 @@ class Supervisor:
     def _until_due(self) -> float:
         due = self._writer.tick()
         self._let_models_go()
+        if not self._children.ready:
+            due = min(due, self._import_left())
         return due if self._last_call is None else max(0.0, min(due, self._last_call - time.monotonic()))
+
+    def _import_left(self) -> float:
+        left = self._import_by - time.monotonic()
+        if left <= 0:
+            limit = self._spec.launch.import_timeout_s
+            raise ProgramError(
+                f"the program can't be imported on this machine in {limit:.0f} s; see launch.import_timeout_s"
+            )
+        return left
 
     # Handing out trials
 
@@ -327,12 +342,15 @@ class Supervisor:
             worker.signal(signal.SIGUSR1)
 
     def _judge(self) -> tuple[Situation | None, Decision]:
-        if self._place is None or self._paths.cancelled.exists():
+        if self._place is None or self._is_cancelled():
             return None, Decision(Cause.CANCELLED, Action.LEAVE)
         situation = _situation(self._place.job)
         return situation, decide(
             situation, own_restarts=self._place.restarts, notice_s=float(self._spec.launch.notice_s)
         )
+
+    def _is_cancelled(self) -> bool:
+        return ledger.is_cancelled(self._paths, self._options.submission)
 
     # Leaving
 
@@ -350,7 +368,7 @@ class Supervisor:
             self._writer.append(records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail="not begun"))
         self._writer.sync()
         left = bool(self._abandoned or self._open or not self._exhausted)
-        if left and self._decision.action is Action.REQUEUE and self._place and not self._paths.cancelled.exists():
+        if left and self._decision.action is Action.REQUEUE and self._place and not self._is_cancelled():
             _requeue(self._place.job)
         return _LEFT_EARLY if left else 0
 
@@ -370,15 +388,6 @@ def _budget(retries: object, cause: Cause) -> int | None:
         Cause.UNKNOWN: "unknown",
     }
     return int(getattr(retries, names[cause])) if cause in names else None
-
-
-def _intent(paths: SweepPaths, token: str) -> JsonObject:
-    """The ledger's line that announced this submission; empty when there is none."""
-    for _, line in store.lines(paths.submissions):
-        entry = store.unchecked(line)
-        if entry is not None and (entry.get("kind"), entry.get("submission")) == ("intent", token):
-            return entry
-    return {}
 
 
 def _environment(plan: PlanFile) -> dict[str, str]:

@@ -45,7 +45,7 @@ def tree(tmp_path: Path) -> Path:
 def test_a_git_tree_gives_tracked_and_untracked_but_no_ignored_files(tree: Path) -> None:
     snapshot = survey(tree / "jobs/train.py", tree / "jobs")
     assert names(snapshot) == [".gitignore", "jobs/train.py", "lib/model.py", "notes.md"]
-    assert (snapshot.program, snapshot.folder) == ("jobs/train.py", "jobs")
+    assert (snapshot.root, snapshot.program, snapshot.folder) == (tree, "jobs/train.py", "jobs")
     assert snapshot.skipped == ()
 
 

@@ -172,7 +172,7 @@ def test_blocks(num_trials: int, per_task: int | None, expected: tuple[int, int]
 
 
 def test_importing_the_plan_is_light() -> None:
-    code = "import sys, orchestrator.plan; print(*{'torch', 'numpy', 'pydantic', 'yaml', 'statistics'} & set(sys.modules))"
+    code = "import sys, orchestrator.plan; print(*{'torch', 'numpy', 'pydantic', 'yaml', 'statistics', 'orchestrator.space'} & set(sys.modules))"
     assert run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 

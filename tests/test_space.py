@@ -53,7 +53,10 @@ def test_draws_follow_their_distribution(name: str) -> None:
 @pytest.mark.parametrize("q", [0.1, 2])
 def test_q_rounds_the_same_draws_to_multiples(name: str, q: float) -> None:
     keys = CONTINUOUS[name][0]
-    plain, rounded = draws({"distribution": name, **keys}, 300), draws({"distribution": f"q_{name}", **keys, "q": q}, 300)
+    plain, rounded = (
+        draws({"distribution": name, **keys}, 300),
+        draws({"distribution": f"q_{name}", **keys, "q": q}, 300),
+    )
     assert all(type(y) is type(q) and abs(x - y) <= q / 2 * (1 + 1e-9) for x, y in zip(plain, rounded, strict=True))
     assert all(y == float(f"{y:.10g}") for y in rounded)
 

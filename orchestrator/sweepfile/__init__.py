@@ -79,7 +79,7 @@ def parse(text: str, *, file: str = "sweep.yaml", overrides: Sequence[str] = ())
     Raises:
         SweepFileError: every problem that there is.
     """
-    sheet = Sheet(file, _document(text, file))
+    sheet = Sheet(file, _document(text, file), overrides)
     for argument in overrides:
         override(sheet, argument)
     set_aside(sheet)

@@ -67,6 +67,7 @@ def check_slurm(sheet: Sheet, path: tuple[str, ...]) -> None:
 
 
 def option_fault(name: str) -> str | None:
+    """What keeps `name` from being given as an option of sbatch; None when nothing does."""
     if name in _OWNED:
         return f"not for you to set: {_OWNED[name]}"
     if name in _SBATCH:

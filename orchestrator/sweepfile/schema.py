@@ -200,7 +200,11 @@ def _blame_type(sheet: Sheet, error: ErrorDetails) -> None:
         return sheet.blame(
             path, f"found {describe(found)}, expected {_EXPECTED[kind]}{_type_remedy(kind, found, path)}"
         )
-    limits = {"greater_than_equal": "at least {ge}", "greater_than": "more than {gt}", "less_than": "less than {lt}"}
+    limits = {
+        "greater_than_equal": "at least {ge:g}",
+        "greater_than": "more than {gt:g}",
+        "less_than": "less than {lt}",
+    }
     expected = limits[kind].format(**context) if kind in limits else error["msg"]
     return sheet.blame(path, f"found {describe(found)}, expected {expected}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from orchestrator.errors import SweepFileError
 from orchestrator.store import Json, JsonObject
@@ -15,10 +15,10 @@ __all__ = ["Sheet", "dotted", "parameter_paths"]
 class Sheet:
     """The tree of a sweep file, where each value came from, and every problem found so far."""
 
-    def __init__(self, file: str, document: Document) -> None:
+    def __init__(self, file: str, document: Document, arguments: Sequence[str] = ()) -> None:
         self.tree: JsonObject = document.value if isinstance(document.value, dict) else {}
         self._file, self._places = file, document.places
-        self._arguments: dict[Path, str] = {}
+        self._given, self._arguments = arguments, dict[Path, str]()
         self._problems: dict[tuple[Path, str], tuple[tuple[int, ...], str]] = {}
         for path, place, text in document.problems:
             self._add(path, (0, *place), f"{file}:{place.line}:{place.column}", text)
@@ -50,7 +50,7 @@ class Sheet:
             spot, key = spot[:-1], True
         order: tuple[int, ...]
         if spot in self._arguments:
-            order, where = (1, list(self._arguments).index(spot)), f"argument {self._arguments[spot]!r}"
+            order, where = (1, self._given.index(self._arguments[spot])), f"argument {self._arguments[spot]!r}"
         else:
             both = self._places.get(spot)
             place = Place(1, 1) if both is None else both.key if key else both.value
@@ -59,7 +59,7 @@ class Sheet:
 
     def blame_argument(self, argument: str, text: str) -> None:
         """Note a problem of an override as such."""
-        self._problems[(), argument + text] = ((1, -1), f"argument {argument!r}: {text}")
+        self._problems[(argument,), text] = ((1, self._given.index(argument)), f"argument {argument!r}: {text}")
 
     def _add(self, path: Path, order: tuple[int, ...], where: str, text: str) -> None:
         self._problems[path, text] = (order, ": ".join(filter(None, (where, dotted(path), text))))

@@ -149,7 +149,7 @@ class _Builder:
         self.places[path] = Spot(key, place)
         self._count(place)
         if id(node) in self._open:
-            raise YamlError(place, "an alias stands inside its own anchor")
+            raise YamlError(place, "this anchor holds an alias of itself")
         if not isinstance(node, yaml.ScalarNode):
             self._open.add(id(node))
         try:
@@ -190,7 +190,7 @@ class _Builder:
     def _merged(self, source: yaml.Node, path: Path) -> Iterator[yaml.MappingNode]:
         for node in source.value if isinstance(source, yaml.SequenceNode) else [source]:
             if id(node) in self._open:
-                raise YamlError(_place(node.start_mark), "an alias stands inside its own anchor")
+                raise YamlError(_place(node.start_mark), "this anchor holds an alias of itself")
             if isinstance(node, yaml.MappingNode):
                 yield node
             else:

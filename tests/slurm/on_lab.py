@@ -43,7 +43,8 @@ class Slurm:
 
     def job_state(self, job: str) -> str:
         """State of a job in Slurm's word, such as RUNNING."""
-        return self.show(job)["JobState"]
+        # Not from `show`: a job's name or comment may hold words that look like its state.
+        return self.run("squeue", "-h", "--states=all", "-j", job, "-o", "%T")
 
     def wait_for(self, condition: Callable[[], bool], limit_s: float = 30.0) -> None:
         """Return once `condition` holds; fail after `limit_s` seconds, with the queue in the message."""

@@ -18,7 +18,7 @@ from orchestrator.paths import SweepPaths
 from orchestrator.plan import SweepPlan
 from orchestrator.spec import Launch, SweepSpec
 
-HOSTILE = "a|b c $(touch x) JobState=FAILED"
+HOSTILE = "a|b c $(touch x) '\""
 SPEC = SweepSpec(
     name="submit",
     method="grid",
@@ -47,7 +47,8 @@ def test_a_sweep_becomes_an_array_and_a_reducer_once(slurm: Slurm, tmp_path: Pat
     assert shown["Dependency"].startswith(f"afterany:{workers}_*")
     assert shown["Comment"] == f"orc:{submission.token}:reducer"
     assert shown["JobName"] == submission.parts[1].name
-    assert shown["StdOut"] == f"{paths.logs}/reducer-{reducer}.log"
+    # Shown as sbatch was told, with the per cent sign doubled.
+    assert shown["StdOut"] == f"{paths.logs}/reducer-{reducer}.log".replace("%", "%%")
     submit.cancel(paths)
     assert submit.live(paths) == []
 
@@ -112,10 +113,10 @@ def test_more_workers_than_an_array_holds_reach_slurm_as_several(slurm: Slurm, t
 def test_a_row_keeps_hostile_text_and_a_job_is_followed_through_its_requeue(slurm: Slurm, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\nsleep 60\n")
-    job = slurm.submit(script, f"--job-name={HOSTILE}", f"--comment={HOSTILE}", "--mem=10M")
+    job = slurm.submit(script, f"--job-name={HOSTILE}", f"--comment={HOSTILE} JobState=FAILED", "--mem=10M")
     (row,) = [row for row in commands.queue() if row.job_id == job]
-    assert (row.name, row.comment, row.task_id, row.array_job_id) == (HOSTILE, HOSTILE, None, job)
-    slurm.wait_for_state(job, "RUNNING")
+    assert (row.name, row.comment, row.task_id) == (HOSTILE, f"{HOSTILE} JobState=FAILED", None)
+    slurm.wait_for(lambda: (commands.show_job(job) or {}).get("JobState") == "RUNNING")
     assert commands.requeue(job)
     slurm.wait_for(lambda: (commands.show_job(job) or {}).get("Restarts") == "1")
     commands.cancel([job])
@@ -137,3 +138,4 @@ def test_workers_and_reducer_run_in_their_order(slurm: Slurm, tmp_path: Path, mo
     started = f"-P -m orchestrator.supervisor work --dir {paths.root} --submission {token} --worker"
     assert sorted(workers) == [f"{started} {k}" for k in range(3)]
     assert reducer.startswith(f"-P -m orchestrator.reducer --dir {paths.root} --submission {token}")
+    assert len(list(paths.logs.iterdir())) == 4
