@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -36,9 +37,10 @@ class Worker:
     process: subprocess.Popen[bytes] | None = None
 
     def signal(self, number: int) -> None:
-        """Send it a signal; one that is gone is left alone, since its parent has not reaped it before telling us."""
+        """Send it a signal; one that has just gone, of which we are to be told, is left alone."""
         if self.pid is not None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 @dataclass(frozen=True, slots=True)

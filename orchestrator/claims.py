@@ -88,6 +88,12 @@ class Growth:
         self._clock = clock
         self._seen: dict[str, tuple[int, float]] = {}
 
+    def look(self) -> None:
+        """Note the size of every record file, so that time has passed already when somebody asks."""
+        for name in os.listdir(self._paths.records):  # noqa: PTH208 (names are all that is needed)
+            if name.endswith(".jsonl"):
+                self.silent(name.removesuffix(".jsonl"))
+
     def silent(self, writer: str) -> bool:
         """Whether the file of `writer` was seen not to grow for `lease_s`; the first look at it starts the time."""
         size = self._size(writer)

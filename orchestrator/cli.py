@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from orchestrator import __version__
-from orchestrator.errors import OrcError, Preempted, TrialsFailed
+from orchestrator.errors import OrcError, Preempted, SweepFileError, TrialsFailed
 
 if TYPE_CHECKING:
     from typing import Literal, Unpack
 
+    from orchestrator.intake import Intake
     from orchestrator.lab import Lab
     from orchestrator.store import Json
     from orchestrator.submit import Receipt
     from orchestrator.sweep import Sweep
 
-__all__ = ["main"]
+__all__ = ["cli", "main"]
 
 
 class LabSettings(TypedDict):
@@ -62,15 +63,28 @@ def _open(name: str | None, folder: Path | None) -> Sweep:
 
 
 _dir = click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Where sweeps live (default ./runs, or $ORC_DIR)."
+    "--dir",
+    "folder",
+    is_eager=True,
+    type=click.Path(path_type=Path),
+    help="Where sweeps live (default ./runs, or $ORC_DIR).",
 )
-_sweep = click.argument("sweep", required=False)
+
+
+def _complete(context: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """Ids of sweeps that begin so, for the shell."""
+    from orchestrator.sweep import ids
+
+    return [name for name in ids(_runs(context.params.get("folder"))) if name.startswith(begun)]
+
+
+_sweep = click.argument("sweep", required=False, shell_complete=_complete)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, with stable keys.")
 _file = click.argument("sweep_file", type=click.Path(path_type=Path))
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="orc")
 def cli() -> None:
     """Sweeps on Slurm, or on this machine, that cannot lose or double-count a trial.
@@ -84,14 +98,17 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path), default=Path())
-@click.option("--job", default="digits_mlp", help="Which of the example jobs.")
+@click.option("--job", default="digits_mlp", show_default=True, help="Which of the example jobs.")
 def init(folder: Path, job: str) -> None:
-    """Copy an example job and its sweep file to FOLDER, to start from."""
+    """Copy an example job and its sweep file.
+
+    FOLDER (default: this one) gets two files, to try and to change; none that is there already is touched.
+    """
     from orchestrator import examples
 
     for path in examples.copy(job, folder):
         click.echo(path)
-    _say(f"try it: orc run {folder / job}.yaml")
+    _say(f"try it: orc run {shlex.quote(str(folder / job))}.yaml run_cap=20")
 
 
 @cli.command()
@@ -101,15 +118,18 @@ def init(folder: Path, job: str) -> None:
 @click.option("--workers", type=click.IntRange(min=1), help="Trials at the same time (default: one a core).")
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many trials to show.")
 def run(sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, workers: int | None, top: int) -> None:
-    """Run a sweep on this machine, with progress, to the best trials; one that was stopped goes on."""
+    """Run a sweep on this machine, to the best trials.
+
+    KEY=VALUE goes over what the sweep file says: run_cap=20, parameters.lr.max=0.1, launch.cpus=2. Interrupted by
+    Ctrl-C or killed, the same command goes on where it stopped.
+    """
     from orchestrator import intake, running
 
     runs = _runs(folder)
     taken = intake.read(sweep_file, list(overrides), runs=runs)
     sweep = running.run(taken, runs, workers=workers)
     _show_results(sweep, top)
-    if sweep.fold.num_missing:
-        raise TrialsFailed(f"{sweep.id}: {sweep.fold.num_missing} trials are missing; run the same command again")
+    _fail_if_missing(sweep, "the same command goes on")
     _fail_if_failed(sweep)
 
 
@@ -118,15 +138,30 @@ def _show_results(sweep: Sweep, top: int) -> None:
 
     click.echo(show.summary(sweep))
     click.echo(show.times(sweep))
-    click.echo(f"best of {sweep.id}:")
-    click.echo(show.best(sweep.best(top), sweep.plan.spec.metric.name))
+    ranked = sweep.best(top)
+    if ranked:
+        click.echo(f"best of {sweep.id}:")
+        click.echo(show.best(ranked, sweep.plan.spec.metric.name))
+
+
+def _fail_if_missing(sweep: Sweep, remedy: str) -> None:
+    from orchestrator.show import plural
+
+    if sweep.fold.num_missing:
+        raise TrialsFailed(f"{sweep.id}: {plural(sweep.fold.num_missing, 'trial')} without an outcome; {remedy}")
 
 
 def _fail_if_failed(sweep: Sweep) -> None:
+    from orchestrator.show import plural
+
     failures = sweep.failures()
     if failures:
-        lines = [f"{number} trials failed: {text} (first: trial {index})" for text, index, number in failures]
-        raise TrialsFailed("\n".join([*lines, f"`orc logs {failures[0][1]} {sweep.id}` shows what one printed"]))
+        lines = [f"{plural(number, 'trial')} failed: {text} (first: trial {index})" for text, index, number in failures]
+        remedies = [
+            f"`orc logs {failures[0][1]} {sweep.id}` shows what one printed,",
+            f"`orc resume --failed {sweep.id}` runs them again",
+        ]
+        raise TrialsFailed("\n".join([*lines, *remedies]))
 
 
 @cli.command()
@@ -136,7 +171,7 @@ def _fail_if_failed(sweep: Sweep) -> None:
 @_json
 @click.option("--scripts", is_flag=True, help="Print the sbatch scripts.")
 def plan(sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, as_json: bool, scripts: bool) -> None:
-    """Show what a sweep would do. Writes and submits nothing."""
+    """Show what a sweep would do; write and submit nothing."""
     from orchestrator import intake, preview
 
     taken = intake.read(sweep_file, list(overrides), runs=_runs(folder))
@@ -152,28 +187,47 @@ def plan(sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, as_j
 @_file
 @_overrides
 @_dir
-@click.option("--on", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True)
+@click.option("--on", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True, help="Where.")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers at most.")
 @click.option("--test-only", is_flag=True, help="Ask sbatch whether it would take the scripts; submit nothing.")
+@click.option("--watch", is_flag=True, help="Stay, with progress, until the sweep has ended, and show the best trials.")
 def submit(
-    sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, on: str, workers: int | None, test_only: bool
+    sweep_file: Path,
+    overrides: tuple[str, ...],
+    folder: Path | None,
+    on: Literal["slurm", "local"],
+    workers: int | None,
+    test_only: bool,
+    watch: bool,
 ) -> None:
-    """Hand a sweep to Slurm, or to this machine, and return at once. Submitting twice submits once."""
-    from orchestrator import intake
-    from orchestrator import submit as handing
+    """Hand a sweep to Slurm and return at once.
+
+    Submitting twice submits once; a submission that was cut off is completed. With --on local the workers are
+    processes of this machine, which stay when you log out.
+    """
+    from orchestrator import intake, running
 
     runs = _runs(folder)
     taken = intake.read(sweep_file, list(overrides), runs=runs)
     if test_only:
-        from orchestrator.paths import SweepPaths
+        return _test_only(taken, runs, workers)
+    sweep, receipt = running.hand_over(taken, runs, on=on, workers=workers)
+    _show_receipt(sweep.id, receipt)
+    if watch:
+        running.follow(sweep)
+        _show_results(sweep, top=3)
+        _fail_if_missing(sweep, f"`orc resume {sweep.id}` goes on")
+        _fail_if_failed(sweep)
+    return None
 
-        for line in handing.check(SweepPaths(runs / taken.plan.id), taken.plan, workers=workers):
-            click.echo(line)
-        return
+
+def _test_only(taken: Intake, runs: Path, workers: int | None) -> None:
+    from orchestrator import submit as handing
+    from orchestrator.paths import SweepPaths
+
     taken.check_program()
-    paths = taken.store(runs)
-    receipt = handing.submit(paths, taken.plan, on="local" if on == "local" else "slurm", workers=workers)
-    _show_receipt(paths.id, receipt)
+    for line in handing.check(SweepPaths(runs / taken.plan.id), taken.plan, workers=workers):
+        click.echo(line)
 
 
 def _show_receipt(sweep_id: str, receipt: Receipt) -> None:
@@ -196,7 +250,10 @@ def _show_receipt(sweep_id: str, receipt: Receipt) -> None:
 @_dir
 @_json
 def status(sweep: str | None, folder: Path | None, as_json: bool) -> None:
-    """Show where a sweep stands: trials, retries, failures, jobs, and the command that helps."""
+    """Show where a sweep stands.
+
+    Trials, retries and failures with their causes, jobs, and the command that helps.
+    """
     from orchestrator import show
 
     found = _open(sweep, folder)
@@ -212,7 +269,10 @@ def status(sweep: str | None, folder: Path | None, as_json: bool) -> None:
 @_dir
 @_json
 def summary(sweep: str | None, folder: Path | None, as_json: bool) -> None:
-    """Show count, mean, spread and quantiles of the objective over all complete trials."""
+    """Show count, mean, spread and quantiles.
+
+    They are of the objective, over all complete trials.
+    """
     from orchestrator import show
 
     found = _open(sweep, folder)
@@ -228,7 +288,7 @@ def summary(sweep: str | None, folder: Path | None, as_json: bool) -> None:
 @_json
 @click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="How many trials.")
 def best(sweep: str | None, folder: Path | None, as_json: bool, top: int) -> None:
-    """Show the best trials, their parameters and their models."""
+    """Show the best trials, with parameters and model."""
     from orchestrator import show
     from orchestrator.errors import NothingMatched
 
@@ -248,7 +308,10 @@ def best(sweep: str | None, folder: Path | None, as_json: bool, top: int) -> Non
 @_dir
 @click.option("-f", "--follow", is_flag=True, help="Go on printing until the trial has an outcome.")
 def logs(trial: str, sweep: str | None, folder: Path | None, follow: bool) -> None:
-    """Show what a trial printed, all attempts, each marked."""
+    """Show what a trial printed.
+
+    TRIAL is an index or an id. All attempts are shown, each between marks, with the name of its log file.
+    """
     from orchestrator import logs as reading
 
     found = _open(sweep, folder)
@@ -270,10 +333,13 @@ def resume(
     folder: Path | None,
     failed: bool,
     settings: tuple[str, ...],
-    on: str | None,
+    on: Literal["slurm", "local"] | None,
     workers: int | None,
 ) -> None:
-    """Submit exactly what is missing. Harmless while jobs still run, and any number of times."""
+    """Submit exactly what is missing.
+
+    Harmless while jobs still run, and any number of times.
+    """
     from orchestrator import running
 
     found = _open(sweep, folder)
@@ -289,12 +355,17 @@ def resume(
 @_sweep
 @_dir
 def cancel(sweep: str | None, folder: Path | None) -> None:
-    """End a sweep's jobs and processes; `orc resume` starts it again."""
+    """End a sweep's jobs and processes.
+
+    What is done stays; `orc resume` starts the rest again.
+    """
     from orchestrator import submit as handing
 
     found = _open(sweep, folder)
     ended = handing.cancel(found.paths)
-    _say(f"{found.id}: cancelled, {len(ended)} jobs or processes were told to end")
+    _say(
+        f"{found.id}: cancelled; told to end: {', '.join(one.job for one in ended) or 'nothing, for nothing was alive'}"
+    )
     click.echo(found.id)
 
 
@@ -303,7 +374,7 @@ def cancel(sweep: str | None, folder: Path | None) -> None:
 
 @cli.command()
 def schema() -> None:
-    """Print the JSON Schema of sweep files, for editors."""
+    """Print the JSON Schema of sweep files."""
     from orchestrator import sweepfile
 
     _print_json(sweepfile.json_schema())
@@ -311,7 +382,10 @@ def schema() -> None:
 
 @cli.group()
 def lab() -> None:
-    """Run a real Slurm of several nodes on this machine, to try things on."""
+    """Run a private Slurm on this machine.
+
+    A real one, of several nodes, to try things on; the machine's own Slurm is not touched.
+    """
 
 
 _lab_dir = click.option(
@@ -379,9 +453,13 @@ def env(folder: Path | None) -> None:
 def main() -> None:
     """Entry of `orc`: errors become a text and an exit code."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="orc", standalone_mode=False)
     except click.ClickException as error:
         error.show()
+        code = error.exit_code
+    except SweepFileError as error:
+        # Bare, so that editors find file, line and column where they expect them.
+        _say(str(error))
         code = error.exit_code
     except OrcError as error:
         _say(f"orc: {error}")
@@ -393,4 +471,9 @@ def main() -> None:
         # Whoever read our output has seen enough; Python must not complain about it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _say(f"orc: {error.filename}: {error.strerror}")
+        code = OrcError.exit_code
     sys.exit(code if isinstance(code, int) else 0)

@@ -35,7 +35,7 @@ __all__ = ["expand", "flat", "server"]
 _GO_ON_LATER = 75
 _LOOK_S = 0.5
 """How often new reports are passed on while the program runs, in seconds."""
-_ENVVAR = re.compile(r"\$\{envvar:([A-Za-z_][A-Za-z0-9_]*)\}")
+_MACRO = re.compile(r"\$\{(?:envvar:([A-Za-z_][A-Za-z0-9_]*)|[a-z_]+)\}")
 
 
 def flat(params: JsonObject, prefix: str = "") -> Iterator[tuple[str, Json]]:
@@ -85,10 +85,8 @@ def expand(command: tuple[str, ...], params: JsonObject, *, program: str | None,
 
 
 def _replace(part: str, macros: dict[str, str]) -> str:
-    part = _ENVVAR.sub(lambda match: os.environ.get(match[1], ""), part)
-    for macro, value in macros.items():
-        part = part.replace(macro, value)
-    return part
+    # In one pass: what a value holds is never looked at again.
+    return _MACRO.sub(lambda match: os.environ.get(match[1], "") if match[1] else macros.get(match[0], match[0]), part)
 
 
 class Runner:
@@ -105,9 +103,11 @@ class Runner:
         self._spec = spec
         self._channel = channel
         self._process: subprocess.Popen[bytes] | None = None
+        self._noticed = False
         signal.signal(signal.SIGUSR1, self._pass_on)
 
     def _pass_on(self, *_: object) -> None:
+        self._noticed = True
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
@@ -142,11 +142,14 @@ class Runner:
             self._process = subprocess.Popen(
                 argv, cwd=self._cwd(), env=environment, stdin=subprocess.DEVNULL, preexec_fn=_defaults
             )
-        except OSError as error:
-            return {"end": Cause.ERROR.value, "detail": f"{argv[0]} can't be started: {error.strerror}"}
+        except (OSError, ValueError) as error:  # ValueError: a null character in a value
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            return {"end": Cause.ERROR.value, "detail": f"{argv[0]} can't be started: {reason}"}
+        if self._noticed:
+            self._pass_on()  # it came before there was a program to tell
         self._wait(reports)
         code, self._process = self._process.returncode, None
-        reports.look()
+        reports.look(final=True)
         return _ended(code) or reports.outcome()
 
     def _wait(self, reports: Reports) -> None:
@@ -224,25 +227,24 @@ class Reports:
         self._diverged = False
         self._lines = 0
 
-    def look(self) -> None:
-        """Take the lines that are new and complete."""
+    def look(self, *, final: bool = False) -> None:
+        """Take the lines that are new and complete; the `final` look takes a last one without newline, too."""
         with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(self._offset)
             for line in file:
-                if not line.endswith(b"\n"):
+                if not (final or line.endswith(b"\n")):
                     break
                 self._offset += len(line)
                 self._take(line)
 
     def _take(self, line: bytes) -> None:
         try:
-            report = json.loads(line)
-            step, metrics = _split(report, self._lines)
-        except (ValueError, TypeError, AttributeError):
-            print(f"ORC_REPORT: not a report: {line!r}", file=sys.stderr, flush=True)
+            step, metrics = _split(json.loads(line), self._lines)
+            self._channel.send({"report": {"step": step, "metrics": finite(metrics)}})
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            print(f"ORC_REPORT: not a report: {line[:200]!r}", file=sys.stderr, flush=True)
             return
         self._lines += 1
-        self._channel.send({"report": {"step": step, "metrics": finite(metrics)}})
         if not self._diverged:
             try:
                 self._objective.take(step, metrics)
@@ -264,7 +266,9 @@ def _split(report: dict[str, object], line: int) -> tuple[int, dict[str, float]]
     metrics = {
         name: float(value) for name, value in report.items() if name != "step" and isinstance(value, (int, float))
     }
-    return int(str(step)), metrics
+    if not isinstance(step, (int, float)) or step != int(step):
+        raise ValueError(f"step is {step!r}, but should be a whole number")
+    return int(step), metrics
 
 
 def server(paths: SweepPaths, spec: SweepSpec) -> Callable[[Channel], None]:

@@ -17,7 +17,7 @@ import hashlib
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from pathlib import Path
 import orjson
 
 from orchestrator import store
+from orchestrator.errors import FolderError
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause, Status, as_index
 from orchestrator.store import Json, JsonObject
@@ -33,6 +34,7 @@ __all__ = ["Attempt", "Disagreement", "Fold"]
 
 _RANK = (Status.COMPLETE, Status.DIVERGED, Status.PRUNED, Status.FAILED)
 _NO_OUTCOME = len(_RANK)
+_RESULTS = {Status.COMPLETE, Status.DIVERGED}
 _SKIPPED = (b'{"kind":"report"', b'{"kind":"beat"')
 
 
@@ -54,18 +56,23 @@ class Disagreement:
 
 @dataclass(slots=True)
 class _File:
-    """What is known of one record file. Up to `offset`, every line was intact."""
+    """What is known of one record file. Up to `offset`, every line was intact; `beyond` it, that many were."""
 
     path: Path
     offset: int = 0
+    beyond: int = 0
     bad: int = 0
     writer: JsonObject = field(default_factory=dict)
     notices: list[JsonObject] = field(default_factory=list)
     open: dict[Attempt, None] = field(default_factory=dict)
 
-    def running(self) -> list[Attempt]:
-        """The starts without outcome or end that had begun: starts are written in the order in which they run."""
-        return list(islice(self.open, max(1, as_index(self.writer.get("slots")))))
+    def running(self, closed: Set[Attempt]) -> list[Attempt]:
+        """The starts without outcome or end that had begun: starts are written in the order in which they run.
+
+        What is `closed` may have been so in another file, if its writer had to abandon this one.
+        """
+        slots = max(1, as_index(self.writer.get("slots")))
+        return list(islice((this for this in self.open if this not in closed), slots))
 
 
 class Fold:
@@ -89,12 +96,12 @@ class Fold:
         self._next_attempt: dict[int, int] = {}
         self._closed: set[Attempt] = set()
         self._ends: dict[Attempt, Cause] = {}
-        self._disagreements: dict[int, Disagreement] = {}
+        self._rivals: dict[int, set[tuple[int, int]]] = {}
 
     # Reading
 
     def update(self) -> int:
-        """Read what has become visible since the last call; returns the number of lines read."""
+        """Read what has become visible since the last call; returns the number of intact lines that are new."""
         for name in sorted(os.listdir(self._paths.records)):  # noqa: PTH208 (names are all that is needed)
             if name.endswith(".jsonl") and name not in self._known:
                 self._known[name] = len(self._files)
@@ -102,20 +109,31 @@ class Fold:
         return sum(self._read(number, file) for number, file in enumerate(self._files))
 
     def _read(self, number: int, file: _File) -> int:
-        offset, contiguous, bad, count = file.offset, True, 0, 0
-        for offset, line in store.lines(file.path, file.offset):
-            count += 1
+        bad = good = contiguous = 0
+        for offset, line in store.lines(file.path, file.offset, torn=True):
             if not store.intact(line):
-                contiguous, bad = False, bad + 1
+                bad += 1
                 continue
+            good += 1
             if not line.startswith(_SKIPPED):
-                self._take(number, file, offset, orjson.loads(line))
-            if contiguous:
+                self._take(number, file, offset, line)
+            if not bad:
                 file.offset = offset + len(line) + 1
-        file.bad = bad
-        return count
+                contiguous = good
+        # Lines after a bad one are read again by each update, and were counted by the one before.
+        new, file.beyond, file.bad = good - file.beyond, good - contiguous, bad
+        return new
 
-    def _take(self, number: int, file: _File, offset: int, line: JsonObject) -> None:
+    def _take(self, number: int, file: _File, offset: int, data: bytes) -> None:
+        try:
+            self._take_line(number, file, offset, orjson.loads(data))
+        except (ValueError, KeyError, OverflowError) as error:
+            raise FolderError(
+                f"{file.path}: a record at byte {offset} is not one of this version ({type(error).__name__}: {error}); "
+                "read the sweep with the version that ran it"
+            ) from error
+
+    def _take_line(self, number: int, file: _File, offset: int, line: JsonObject) -> None:
         kind = line.get("kind")
         if kind == "writer":
             file.writer = line
@@ -131,11 +149,13 @@ class Fold:
         if kind == "start":
             self._take_start(file, this)
             return
-        file.open.pop(this, None)
         if kind == "outcome":
             self._join(number, offset, this.trial, line)
-        elif kind == "end":
+        elif kind != "end":
+            return
+        elif line.get("begun", True):
             self._ends[this] = Cause(str(line["cause"]))
+        file.open.pop(this, None)
         self._closed.add(this)
 
     def _take_start(self, file: _File, this: Attempt) -> None:
@@ -147,8 +167,7 @@ class Fold:
 
     def _join(self, number: int, offset: int, trial: int, line: JsonObject) -> None:
         rank = _RANK.index(Status(str(line["status"])))
-        kept = self._ranks[trial]
-        if kept != _NO_OUTCOME and not self._replaces(number, offset, trial, line, rank):
+        if self._ranks[trial] != _NO_OUTCOME and not self._replaces(number, offset, trial, line, rank):
             return
         self._ranks[trial] = rank
         self._where_file[trial] = number
@@ -160,16 +179,13 @@ class Fold:
         self._seconds[trial] = took if isinstance(took, (int, float)) else 0.0
 
     def _replaces(self, number: int, offset: int, trial: int, line: JsonObject, rank: int) -> bool:
-        kept = self._ranks[trial]
+        kept, where = self._ranks[trial], (self._where_file[trial], self._where_offset[trial])
+        if where == (number, offset):
+            return False
+        self._rivals.setdefault(trial, {where}).add((number, offset))
         if rank != kept:
             return rank < kept
-        if (self._where_file[trial], self._where_offset[trial]) == (number, offset):
-            return False
-        mine, theirs = _digest(line["payload"]), _digest((self.outcome(trial) or {}).get("payload"))
-        if mine != theirs:
-            hosts = sorted((self._host(number), self._host(self._where_file[trial])))
-            self._disagreements[trial] = Disagreement(trial, (hosts[0], hosts[1]))
-        return mine < theirs
+        return _digest(line["payload"]) < _digest((self.outcome(trial) or {}).get("payload"))
 
     def _host(self, number: int) -> str:
         return str(self._files[number].writer.get("host", "unknown host"))
@@ -203,8 +219,11 @@ class Fold:
         """The kept outcome record of a trial, read back from its file."""
         if self._ranks[trial] == _NO_OUTCOME:
             return None
-        with self._files[self._where_file[trial]].path.open("rb") as file:
-            file.seek(self._where_offset[trial])
+        return self._record(self._where_file[trial], self._where_offset[trial])
+
+    def _record(self, number: int, offset: int) -> JsonObject:
+        with self._files[number].path.open("rb") as file:
+            file.seek(offset)
             line: JsonObject = orjson.loads(file.readline())
         return line
 
@@ -224,7 +243,7 @@ class Fold:
         line that its end was none of the trial's doing. An attempt that had not begun costs nothing.
         """
         found = Counter(cause for this, cause in self._ends.items() if this.trial == trial)
-        lost = [this for file in self._files if not free(file.writer) for this in file.running()]
+        lost = [this for file in self._files if not free(file.writer) for this in file.running(self._closed)]
         found[Cause.UNKNOWN] += sum(this.trial == trial for this in lost)
         return found
 
@@ -237,7 +256,7 @@ class Fold:
         return {
             this.trial: file.writer
             for file in self._files
-            for this in file.running()
+            for this in file.running(self._closed)
             if self._ranks[this.trial] == _NO_OUTCOME
         }
 
@@ -251,8 +270,25 @@ class Fold:
 
     @property
     def disagreements(self) -> list[Disagreement]:
-        """Trials with outcomes that contradict each other, in order."""
-        return [self._disagreements[trial] for trial in sorted(self._disagreements)]
+        """Trials with outcomes that contradict the kept one, in order.
+
+        Two payloads of one status contradict each other, and so do complete and diverged. A failed trial that completed
+        when it was tried again is no contradiction.
+        """
+        found = (self._disagreement(trial) for trial in sorted(self._rivals))
+        return [disagreement for disagreement in found if disagreement is not None]
+
+    def _disagreement(self, trial: int) -> Disagreement | None:
+        comparable = _RESULTS if self.status(trial) in _RESULTS else {self.status(trial)}
+        found: list[tuple[int, bytes, str]] = []
+        for number, offset in self._rivals[trial]:
+            line = self._record(number, offset)
+            status = Status(str(line["status"]))
+            if status in comparable:
+                found.append((_RANK.index(status), _digest(line["payload"]), self._host(number)))
+        kept, *others = sorted(found)
+        host = next((host for rank, digest, host in others if (rank, digest) != kept[:2]), None)
+        return None if host is None else Disagreement(trial, (min(kept[2], host), max(kept[2], host)))
 
     @property
     def num_bad_lines(self) -> int:

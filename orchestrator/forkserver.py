@@ -45,6 +45,23 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def live_without_parent() -> None:
+    """Undo `die_with_parent`: who sees the end of its channel can clean up first."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def lead_group(pid: int) -> None:
+    """Put a new process, 0 for this one, into a group of its own; called on both sides of a fork, whoever is first."""
+    with contextlib.suppress(OSError):
+        os.setpgid(pid, 0)
+
+
+def end_group(pid: int) -> None:
+    """Kill whatever is left of the group that `pid` leads."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def print_to(log: str | None) -> None:
     """Send all that this process prints to the end of a file; None leaves it as it is."""
     if log is not None:
@@ -91,7 +108,8 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def run(self) -> None:
-        """Serve until the supervisor closes its end."""
+        """Serve until the supervisor closes its end, or is killed; then end the workers and all that they started."""
+        live_without_parent()
         while not self._channel.closed:
             ready, _, _ = select.select([self._channel.fileno(), self._wake_read], [], [])
             if self._wake_read in ready:
@@ -100,12 +118,15 @@ class ForkServer:
                 messages, fds = self._channel.receive_with_fds()
                 for message, fd in zip(messages, fds, strict=True):
                     self._fork(message, fd)
+        for pid in self._slots:
+            end_group(pid)
 
     def _fork(self, message: JsonObject, fd: int) -> None:
         slot, log, parent = int(str(message["fork"])), message["log"], os.getpid()
         pid = os.fork()
         if pid == 0:
             self._become_worker(parent, fd, str(log) if log else None)
+        lead_group(pid)
         os.close(fd)
         self._slots[pid] = slot
         self._channel.send({"forked": slot, "pid": pid})
@@ -113,6 +134,7 @@ class ForkServer:
     def _become_worker(self, parent: int, fd: int, log: str | None) -> None:
         status = 1
         try:
+            lead_group(0)
             print_to(log)
             die_with_parent(parent)
             signal.set_wakeup_fd(-1)
@@ -131,11 +153,11 @@ class ForkServer:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_read, 4096):
                 pass
-        while self._slots:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            self._channel.send({"exited": self._slots.pop(pid), "status": status})
+        while self._slots and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            # Before its number is free for others: what it started and left behind, such as data loaders.
+            end_group(ended.si_pid)
+            _, status = os.waitpid(ended.si_pid, 0)
+            self._channel.send({"exited": self._slots.pop(ended.si_pid), "status": status})
 
 
 def main(arguments: list[str] | None = None) -> None:

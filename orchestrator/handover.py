@@ -9,7 +9,6 @@ A part is announced, handed over, and noted. Whatever dies between two of these 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -79,7 +78,7 @@ class Handover:
 
     def _start(self, part: Part) -> None:
         token = self.submission.token
-        if part.is_in_doubt and self.submission.host != socket.gethostname():
+        if part.is_in_doubt and self.submission.host != os.uname().nodename:
             raise OrcError(f"{self.paths.id}: is being submitted on {self.submission.host}; run the same command there")
         found = local.find(token) if part.is_in_doubt else []
         if not found:

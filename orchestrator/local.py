@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +82,7 @@ def _identify(pid: int) -> Process | None:
     found = _stat(pid)
     if found is None:
         return None
-    return Process(pid=pid, start_time=found[1], boot_id=boot_id(), host=socket.gethostname())
+    return Process(pid=pid, start_time=found[1], boot_id=boot_id(), host=os.uname().nodename)
 
 
 def start(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Process:
@@ -99,6 +97,9 @@ def start(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = Non
     Raises:
         OrcError: it can't be started, or the log can't be written; names which.
     """
+    # Imported here, since readers of the ledger need this module for its words only.
+    import subprocess
+
     try:
         out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     except OSError as error:
@@ -140,7 +141,7 @@ def state(process: Process) -> Literal["alive", "gone", "elsewhere"]:
     """As far as it can be told from here: a process of another machine is `elsewhere`."""
     if alive(process):
         return "alive"
-    here = process.host == socket.gethostname() or process.boot_id == boot_id()
+    here = process.host == os.uname().nodename or process.boot_id == boot_id()
     return "gone" if here else "elsewhere"
 
 

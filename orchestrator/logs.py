@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from orchestrator.errors import NothingMatched
 from orchestrator.plan import Trial
@@ -30,7 +31,7 @@ def _in_file(path: Path, trial: bytes) -> Iterator[tuple[int, Path, bytes]]:
     lines: list[bytes] = []
     attempt = -1
     with path.open("rb") as file:
-        for line in file:
+        for line in _lines(file):
             mark = _MARK.match(line)
             if mark and attempt >= 0 and (mark[1] != trial or int(mark[2]) != attempt):
                 yield attempt, path, b"".join(lines)
@@ -44,6 +45,16 @@ def _in_file(path: Path, trial: bytes) -> Iterator[tuple[int, Path, bytes]]:
                 lines, attempt = [], -1
     if attempt >= 0:
         yield attempt, path, b"".join(lines)
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a log; a mark begins a line of its own also where what was printed before it ended without one."""
+    for line in file:
+        mark = _MARK.search(line)
+        if mark and mark.start():
+            yield line[: mark.start()] + b"\n"
+            line = line[mark.start() :]
+        yield line
 
 
 def show(sweep: Sweep, trial: Trial, *, follow: bool, write: Callable[[str], None]) -> None:

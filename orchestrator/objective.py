@@ -50,6 +50,8 @@ class Objective:
             Diverged: the objective is NaN or infinite.
         """
         self._seen.update(metrics)
+        if self._counts is not None and not math.isfinite(self._counts.value):
+            raise Diverged(f"{self._metric.name} was {self._counts.value} at step {self._counts.step}")
         value = metrics.get(self._metric.name)
         if value is None:
             return False

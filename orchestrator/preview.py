@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator import handover, show
-from orchestrator.intake import Intake
 from orchestrator.ledger import Part, Submission
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import blocks
-from orchestrator.store import JsonObject
+
+if TYPE_CHECKING:
+    from orchestrator.intake import Intake
+    from orchestrator.store import JsonObject
 
 __all__ = ["as_json", "scripts", "text"]
 
@@ -28,18 +31,18 @@ def text(taken: Intake) -> str:
     plan, spec = taken.plan, taken.plan.spec
     size, count = blocks(plan.num_trials, spec.launch.trials_per_task)
     lines = [
-        f"{plan.id}: {plan.num_trials} trials ({spec.method}), {count} blocks of {size}",
-        f"  {spec.metric.goal} {spec.metric.name}, seed {spec.seed}, {spec.launch.cpus} threads a trial",
-        f"  code: {len(taken.snapshot.files)} files",
+        f"{plan.id}: {show.plural(plan.num_trials, 'trial')} ({spec.method}), {show.plural(count, 'block')} of {size}",
+        f"  {spec.metric.goal} {spec.metric.name}, seed {spec.seed}, {show.plural(spec.launch.cpus, 'thread')} a trial",
+        f"  code: {show.plural(len(taken.snapshot.files), 'file')} of {show.path(taken.root)}",
         *(f"  left out of the code: {line}" for line in taken.snapshot.skipped),
     ]
     first = list(islice(plan, _SHOWN))
     if first:
         names = list(dict.fromkeys(name for trial in first for name in trial.params))
         rows = [[trial.trial, *(show.number(trial.params.get(name)) for name in names)] for trial in first]
-        lines.append(show.table([["trial", *names], *rows]))
+        lines.append(show.table(rows, head=["trial", *names]))
     if plan.num_trials > _SHOWN:
-        lines.append(f"  ... and {plan.num_trials - _SHOWN} more")
+        lines.append(f"  ... and {plan.num_trials - _SHOWN:,} more; --json shows all")
     return "\n".join(lines)
 
 

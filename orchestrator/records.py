@@ -14,8 +14,9 @@ harm.
 
 from __future__ import annotations
 
+import contextlib
 import enum
-import secrets
+import os
 import time
 from collections.abc import Callable
 
@@ -77,9 +78,13 @@ def outcome(*, trial: int, attempt: int, status: Status, payload: JsonObject, se
     }
 
 
-def end(*, trial: int, attempt: int, cause: Cause, detail: str) -> JsonObject:
-    """An attempt that ended without an outcome, such as by a signal; `detail` says which."""
-    return {"kind": "end", "trial": trial, "attempt": attempt, "cause": cause.value, "detail": detail}
+def end(*, trial: int, attempt: int, cause: Cause, detail: str, begun: bool = True) -> JsonObject:
+    """An attempt that ended without an outcome, such as by a signal; `detail` says which.
+
+    One that had not `begun` is charged to nobody.
+    """
+    line: JsonObject = {"kind": "end", "trial": trial, "attempt": attempt, "cause": cause.value, "detail": detail}
+    return line if begun else {**line, "begun": False}
 
 
 def notice(*, signal: str, state: str, action: str) -> JsonObject:
@@ -117,7 +122,7 @@ class RecordWriter:
         self._open()
 
     def _open(self) -> None:
-        self.writer = secrets.token_hex(16)
+        self.writer = os.urandom(16).hex()
         self._file = AppendFile(self._paths.record(self.writer))
         self._file.append({"kind": "writer", "writer": self.writer, **self._identity})
         self._file.sync()
@@ -130,8 +135,14 @@ class RecordWriter:
         try:
             self._append(lines, durable)
         except OrcError:
+            self._abandon()
             self._open()
             self._append(lines, durable)
+
+    def _abandon(self) -> None:
+        # Its earlier lines stay good, and should reach the disk like any other.
+        with contextlib.suppress(OrcError, OSError):
+            self._file.close()
 
     def _append(self, lines: tuple[JsonObject, ...], durable: bool) -> None:
         self._file.append(*lines)
@@ -140,6 +151,11 @@ class RecordWriter:
             self.sync()
         elif self._dirty_since is None:
             self._dirty_since = self._last_line
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether some lines may not be on the disk yet."""
+        return self._dirty_since is not None
 
     def sync(self) -> None:
         """Return once every line is on the disk."""

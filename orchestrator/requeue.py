@@ -1,7 +1,7 @@
 """Why a notice came, and what to do about it: one table.
 
     Slurm says of the job                          cause              what we do
-    RUNNING, PreemptTime set                       preemption         finish what runs, then requeue; Slurm may be first
+    RUNNING (SIGNALING, ...), PreemptTime set      preemption         finish what runs, then requeue; Slurm may be first
     RUNNING, no PreemptTime, end near              time limit         finish what can, then requeue
     RUNNING, no PreemptTime, end far               a signal by hand   go on
     COMPLETING, Restarts above ours                requeued already   leave
@@ -23,6 +23,9 @@ from orchestrator.records import Cause
 
 __all__ = ["Action", "Decision", "Situation", "decide"]
 
+_ALIVE = ("RUNNING", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
+_ENDING = ("COMPLETING", "CANCELLED", "TIMEOUT", "FAILED", "COMPLETED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+_AGAIN = ("PENDING", "REQUEUED", "PREEMPTED", "CONFIGURING")
 _EARLY_S = 65
 """Slurm looks every 30 s and may send `--signal` a minute early (sbatch(1)); five more for what happens on the way."""
 
@@ -83,11 +86,11 @@ def decide(situation: Situation | None, *, own_restarts: int, notice_s: float) -
         own_restarts: SLURM_RESTART_COUNT of this run.
         notice_s: how long before the time limit the notice was asked for, in seconds.
     """
-    if situation is None:
+    if situation is None or situation.state not in _ALIVE + _ENDING + _AGAIN:
         return Decision(Cause.UNKNOWN, Action.GO_ON)
-    if situation.state == "RUNNING":
+    if situation.state in _ALIVE:
         return _running(situation, notice_s)
-    if situation.restarts > own_restarts or situation.state in ("PENDING", "REQUEUED", "PREEMPTED"):
+    if situation.restarts > own_restarts or situation.state in _AGAIN:
         return Decision(Cause.PREEMPTED, Action.LEAVE)
     return Decision(Cause.CANCELLED, Action.LEAVE)
 

@@ -1,13 +1,16 @@
-"""Running a sweep on this machine to its end, and going on with one that was stopped."""
+"""Running a sweep on this machine to its end, watching one on Slurm, and going on with one that was stopped."""
 
 from __future__ import annotations
 
 import shutil
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import ledger, local, submit
-from orchestrator.errors import OrcError, Preempted, ProgramError, UsageError
+from orchestrator import ledger, local, show, submit
+from orchestrator.errors import OrcError, Preempted, ProgramError, SlurmUnreachable, UsageError
 from orchestrator.records import Status
 from orchestrator.sweep import Sweep
 from orchestrator.watch import watch
@@ -17,9 +20,11 @@ if TYPE_CHECKING:
     from orchestrator.store import Json
     from orchestrator.submit import Receipt
 
-__all__ = ["resume", "run"]
+__all__ = ["follow", "hand_over", "resume", "run"]
 
 _STOP_S = 30.0
+_ASK_S = 15.0
+"""How often the jobs of a watched sweep are asked for, in seconds."""
 _SHOWN_BYTES = 4000
 
 
@@ -36,14 +41,22 @@ def run(taken: Intake, runs: Path, *, workers: int | None) -> Sweep:
     process = _process(sweep, taken, workers)
     if process is None:
         return sweep
+    ended = sweep.plan.num_trials - sweep.fold.num_missing
+    already = f", {ended:,} of them done already" if ended else ""
+    _say(f"{sweep.id}: {show.plural(sweep.plan.num_trials, 'trial')}{already}, in {show.path(sweep.paths.root)}")
     try:
-        watch(sweep, process)
+        watch(sweep, lambda: not local.alive(process))
     except KeyboardInterrupt:
+        _say("stopping the workers")
         local.stop(process, grace_s=_STOP_S)
         text = f"{sweep.id}: stopped; the same command goes on, `orc best {sweep.id}` shows what there is"
         raise Preempted(text) from None
-    _check_end(sweep, is_new=is_new)
+    _check_end(sweep, taken, is_new=is_new)
     return sweep
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _process(sweep: Sweep, taken: Intake, workers: int | None) -> local.Process | None:
@@ -63,7 +76,7 @@ def _process(sweep: Sweep, taken: Intake, workers: int | None) -> local.Process 
     return receipt.submission.parts[0].process
 
 
-def _check_end(sweep: Sweep, *, is_new: bool) -> None:
+def _check_end(sweep: Sweep, taken: Intake, *, is_new: bool) -> None:
     """The process has ended: when it could not even begin, say why."""
     if not sweep.fold.num_missing:
         return
@@ -71,21 +84,78 @@ def _check_end(sweep: Sweep, *, is_new: bool) -> None:
     if not sweep.fold.has_starts and "can't be imported" in said:
         if is_new:
             shutil.rmtree(sweep.paths.root)
-        raise ProgramError(said)
+        last = said.splitlines()[-1].removeprefix("orchestrator: ")
+        if "import_timeout_s" not in last:
+            # Once more in a process of its own, which shows the user's error without our frames around it.
+            taken.check_program()
+        raise ProgramError(f"{taken.plan.spec.program}: {last}")
     if not sweep.fold.has_starts or "orchestrator:" in said:
         raise OrcError(f"{sweep.id}: the workers ended early:\n{said}")
 
 
 def _last_words(sweep: Sweep) -> str:
-    """The end of the supervisor's own log."""
+    """The end of what the newest supervisor on this machine printed."""
     now = ledger.current(sweep.paths)
-    logs = sorted(sweep.paths.logs.glob("local-*.log"), key=lambda path: path.stat().st_mtime_ns)
-    if now is None or not logs:
-        return ""
-    return logs[-1].read_bytes()[-_SHOWN_BYTES:].decode(errors="replace").strip()
+    log = None if now is None else sweep.paths.logs / f"local-{now.token[:8]}.log"
+    return log.read_bytes()[-_SHOWN_BYTES:].decode(errors="replace").strip() if log and log.exists() else ""
 
 
-def resume(sweep: Sweep, *, failed: bool, settings: list[str], on: str | None, workers: int | None) -> Receipt | None:
+def hand_over(taken: Intake, runs: Path, *, on: ledger.On, workers: int | None) -> tuple[Sweep, Receipt]:
+    """Check the program, make the sweep's folder, and submit; a folder whose submission never began is not left.
+
+    Raises:
+        ProgramError: the program can't be imported.
+        FolderError, SbatchRejected, SlurmUnreachable: as for submitting.
+    """
+    is_new = not (runs / taken.plan.id).exists()
+    if is_new:
+        taken.check_program()
+    paths = taken.store(runs)
+    try:
+        receipt = submit.submit(paths, taken.plan, on=on, workers=workers)
+    except OrcError:
+        now = ledger.current(paths)
+        if is_new and (now is None or all(part.error is not None or not part.asked for part in now.parts)):
+            shutil.rmtree(paths.root)
+        raise
+    return Sweep(paths), receipt
+
+
+def follow(sweep: Sweep) -> None:
+    """Watch a sweep that was handed over until it is done, or until nothing of it is left.
+
+    Raises:
+        Preempted: interrupted from the keyboard; the jobs go on.
+    """
+    try:
+        watch(sweep, _is_over(sweep))
+    except KeyboardInterrupt:
+        text = f"{sweep.id}: no longer watched, but it goes on; `orc status {sweep.id}`, or `orc cancel {sweep.id}`"
+        raise Preempted(text) from None
+
+
+def _is_over(sweep: Sweep) -> Callable[[], bool]:
+    asked = time.monotonic()
+
+    def is_over() -> bool:
+        nonlocal asked
+        if not sweep.fold.num_missing and sweep.paths.summary.exists():
+            return True
+        if time.monotonic() - asked < _ASK_S:
+            return False
+        try:
+            left = submit.live(sweep.paths)
+        except SlurmUnreachable:
+            left = None
+        asked = time.monotonic()
+        return left == []
+
+    return is_over
+
+
+def resume(
+    sweep: Sweep, *, failed: bool, settings: list[str], on: ledger.On | None, workers: int | None
+) -> Receipt | None:
     """Submit what is missing; None when nothing is.
 
     Args:
@@ -106,7 +176,7 @@ def resume(sweep: Sweep, *, failed: bool, settings: list[str], on: str | None, w
         sweep.paths,
         sweep.plan,
         missing=missing,
-        on="local" if on == "local" else "slurm" if on == "slurm" else None,
+        on=on,
         workers=workers,
         settings=_settings(settings),
         retry_failed=failed,

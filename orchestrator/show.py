@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import orjson
 
 from orchestrator.store import Json, JsonObject
-from orchestrator.sweep import Best, Standing, Sweep
+from orchestrator.sweep import Best, Job, Standing, Sweep
 
-__all__ = ["best", "standing", "summary", "table"]
+__all__ = ["best", "number", "path", "plural", "standing", "standing_json", "summary", "table", "times"]
 
 
 def number(value: Json) -> str:
@@ -20,18 +21,37 @@ def number(value: Json) -> str:
     return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
-def table(rows: Iterable[Sequence[str]], indent: str = "  ") -> str:
-    """Rows as aligned columns; numbers to the right."""
-    lines = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        indent + "  ".join(_cell(*pair) for pair in zip(row, widths, strict=True)).rstrip() for row in lines
-    )
+def plural(count: int, noun: str) -> str:
+    """`1 trial`, `2 trials`, `1,000 trials`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _cell(text: str, width: int) -> str:
-    is_number = text.lstrip("-").replace(".", "", 1).replace("e-", "", 1).isdigit()
-    return text.rjust(width) if is_number else text.ljust(width)
+def path(found: Path) -> str:
+    """A path as short as it can be typed here: relative to the working folder when it is inside."""
+    here = Path.cwd()
+    return str(found.relative_to(here) if found.is_relative_to(here) else found)
+
+
+def table(rows: Iterable[Sequence[str]], *, head: Sequence[str] | None = None, indent: str = "  ") -> str:
+    """Rows as aligned columns, those of numbers to the right, under a head if there is one."""
+    body = [list(row) for row in rows]
+    lines = body if head is None else [list(head), *body]
+    columns = [_column(cells, body) for cells in zip(*lines, strict=True)]
+    return "\n".join(f"{indent}{'  '.join(line)}".rstrip() for line in zip(*columns, strict=True))
+
+
+def _column(cells: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    width = max(map(len, cells))
+    to_right = all(map(_is_number, cells[-len(body) :])) if body else False
+    return [cell.rjust(width) if to_right else cell.ljust(width) for cell in cells]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text in ("null", "")
+    return True
 
 
 def best(found: list[Best], metric: str) -> str:
@@ -49,8 +69,8 @@ def best(found: list[Best], metric: str) -> str:
         ]
         for rank, one in enumerate(found, 1)
     ]
-    text = table([head, *rows])
-    return text if found[0].model is None else f"{text}\n  best model: {found[0].model}"
+    text = table(rows, head=head)
+    return text if found[0].model is None else f"{text}\n  best model: {path(found[0].model)}"
 
 
 def summary(sweep: Sweep) -> str:
@@ -65,7 +85,7 @@ def summary(sweep: Sweep) -> str:
     if found["count"]:
         names = ["min", "p05", "p25", "p50", "p75", "p95", "max"]
         values = [found["min"], *(quantiles[name] for name in names[1:-1]), found["max"]]
-        lines.append(table([names, [number(value) for value in values]]))
+        lines.append(table([[number(value) for value in values]], head=names))
         lines.append(f"  mean {number(found['mean'])}, standard deviation {number(found['std'])}")
     return "\n".join(lines)
 
@@ -73,9 +93,11 @@ def summary(sweep: Sweep) -> str:
 def times(sweep: Sweep) -> str:
     """How long the trials themselves took."""
     total, done = sweep.fold.seconds, sweep.plan.num_trials - sweep.fold.num_missing
-    return (
-        f"  the trials themselves took {total:.1f} s, {1000 * total / done:.0f} ms each" if done else "  no trial ended"
-    )
+    if not done:
+        return "  no trial has ended"
+    each = total / done
+    shown = f"{1000 * each:.0f} ms" if each < 1 else f"{each:.2f} s"
+    return f"  the trials themselves took {total:.1f} s, {shown} each"
 
 
 def standing_json(sweep: Sweep, found: Standing) -> JsonObject:
@@ -120,12 +142,17 @@ def _doubts(found: Standing) -> list[str]:
     return lines + [f"  mixed hardware or versions: bytes not promised ({text})" for text in found.mixed]
 
 
+def _whole(one: Job) -> str:
+    """A job as Slurm's commands take it: an element of an array with its array."""
+    return f"{one.job}_{one.task}" if one.task.isdigit() else one.job
+
+
 def _jobs(sweep: Sweep, found: Standing) -> list[str]:
     if found.jobs is None:
         return [f"  jobs: unknown, {found.note}"]
     lines = [] if not found.jobs else [table([[one.job, one.task, one.state, one.reason] for one in found.jobs])]
     lines += [
-        f"  {one.job} is held; `scontrol release {one.job}` lets it go"
+        f"  {_whole(one)} is held; `scontrol release {_whole(one)}` lets it go"
         for one in found.jobs
         if "held" in one.reason.lower()
     ]
@@ -138,7 +165,7 @@ def _jobs(sweep: Sweep, found: Standing) -> list[str]:
 def standing(sweep: Sweep, found: Standing) -> str:
     """Where a sweep stands, in one screen."""
     counts = ", ".join(f"{number} {name}" for name, number in found.trials.items() if number)
-    lines = [f"{sweep.id}: {counts or 'no trials'}", f"  in {sweep.paths.root}"]
+    lines = [f"{sweep.id}: {counts or 'no trials'}", f"  in {path(sweep.paths.root)}"]
     lines += _retries(found) + _failures(sweep, found) + _doubts(found) + _jobs(sweep, found)
     top = sweep.best(1)
     if top:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -130,7 +129,8 @@ _QUEUE_FORMAT = _RECORD + _FIELD.join(("%i", "%F", "%K", "%T", "%r", "%j", "%k",
 _NO_ANSWER = re.compile(
     r"Unable to contact slurm controller|Socket timed out|Connection (closed|refused|reset|timed out)"
     r"|Zero Bytes were transmitted|Could not establish a configuration source|Communication connection failure"
-    r"|Transport endpoint|Protocol authentication error|backup controller in standby|Resource temporarily unavailable",
+    r"|Transport endpoint|Protocol authentication error|backup controller in standby|Resource temporarily unavailable"
+    r"|Unexpected message received",
     re.IGNORECASE,
 )
 _OVER_LIMIT = re.compile(r"MaxSubmit|Invalid job array specification", re.IGNORECASE)
@@ -222,9 +222,15 @@ def _unreachable(command: str, words: str) -> NoReturn:
     )
 
 
+def _has(command: str) -> bool:
+    import shutil
+
+    return shutil.which(command) is not None
+
+
 def available() -> bool:
     """Whether Slurm's commands are on PATH; says nothing about the controller."""
-    return shutil.which("sbatch") is not None
+    return _has("sbatch")
 
 
 def sbatch(
@@ -450,7 +456,7 @@ def start_now(job_id: str, *, patience: Patience = PATIENCE) -> bool:
 
 def accounting(job_ids: Sequence[str], *, patience: Patience = PATIENCE) -> list[AccountRow]:
     """What accounting remembers, without steps; empty where it is not kept."""
-    if not job_ids or shutil.which("sacct") is None:
+    if not job_ids or not _has("sacct"):
         return []
     argv = ["sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State,ExitCode"]
     answer = _run([*argv, f"--jobs={','.join(job_ids)}"], timeout_s=patience.timeout_s)
@@ -460,7 +466,7 @@ def accounting(job_ids: Sequence[str], *, patience: Patience = PATIENCE) -> list
 
 def submit_limit(*, patience: Patience = PATIENCE) -> int | None:
     """The least limit that accounting puts on this user's jobs in the queue, running ones included; None if unknown."""
-    if shutil.which("sacctmgr") is None:
+    if not _has("sacctmgr"):
         return None
     argv = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", "where", f"user={_user()}"]
     try:

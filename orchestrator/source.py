@@ -88,6 +88,7 @@ class Source:
 
     def next(self) -> list[Ready]:
         """The trials of one more block, claimed; empty when there is nothing to do that isn't someone else's."""
+        self._growth.look()
         return self._untouched() or self._left_behind()
 
     def _untouched(self) -> list[Ready]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -100,7 +99,7 @@ def write_lines(path: Path, pieces: Iterable[bytes], *, mode: int = 0o600) -> No
     Raises:
         OrcError: as `write`. Whatever `pieces` raises leaves nothing behind, too.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(handle, "wb", buffering=2**20) as file:
@@ -121,7 +120,7 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
 
     A link, not O_EXCL, makes it appear together with its content, so whoever finds it can tell whose it is.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
@@ -133,7 +132,8 @@ def create(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
     except OSError as error:
         raise OrcError(f"{path}: can't be created: {error.strerror}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _link(temporary: Path, path: Path, data: bytes) -> bool:
@@ -210,14 +210,19 @@ class AppendFile:
         os.close(self._handle)
 
 
-def lines(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The complete lines of `path` from byte `start` on, as (offset, line without newline). A missing file has none."""
+def lines(path: Path, start: int = 0, *, torn: bool = False) -> Iterator[tuple[int, bytes]]:
+    """The complete lines of `path` from byte `start` on, as (offset, line without newline). A missing file has none.
+
+    With `torn`, a last line that is incomplete is given too, as an empty one, which is never `intact`.
+    """
     try:
         with path.open("rb") as file:
             file.seek(start)
             offset = start
             for line in file:
                 if not line.endswith(b"\n"):
+                    if torn:
+                        yield offset, b""
                     return
                 yield offset, line[:-1]
                 offset += len(line)

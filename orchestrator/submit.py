@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -278,7 +277,7 @@ def _submission(on: On, parts: tuple[Part, ...], epoch: int = 0, supersedes: Seq
         token=secrets.token_hex(16),
         epoch=epoch,
         on=on,
-        host=socket.gethostname(),
+        host=os.uname().nodename,
         parts=parts,
         supersedes=tuple(supersedes),
     )

@@ -15,12 +15,14 @@ if __name__ == "__main__":
     _signals = Signals()  # before the imports below take their tenth of a second: a notice may come at any time
 
 import argparse
+import contextlib
 import os
 import selectors
+import shutil
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,9 @@ __all__ = ["Options", "Supervisor", "main"]
 _LAST_CALL_S = 20.0
 """Before a time limit, in seconds: what still runs then is stopped, so that the requeue is ours and not too late."""
 _LEFT_EARLY = 75
-_CRASH_SIGNALS_OF_A_NOTICE = ("SIGTERM", "SIGUSR1", "SIGINT")
+_ASKED = 3
+_PATIENCE = slurm.Patience(timeout_s=5.0, tries=1)
+_ENDS_OF_A_NOTICE = ("SIGTERM", "SIGUSR1", "SIGINT", "to go on later")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,7 @@ class Supervisor:
         self._open: dict[int, Ready] = {}
         self._running: dict[int, Running] = {}
         self._let_go: list[tuple[int, str]] = []
+        self._done: list[int] = []
         self._exhausted = False
         self._abandoned = False
         self._decision: Decision | None = None
@@ -144,7 +149,7 @@ class Supervisor:
         finally:
             self._children.stop()
             self._writer.close()
-            models.remove(self._paths, self._let_go)
+            self._let_go_of_files()
 
     def _is_done(self) -> bool:
         if self._decision is not None:
@@ -164,7 +169,7 @@ class Supervisor:
 
     def _until_due(self) -> float:
         due = self._writer.tick()
-        self._let_models_go()
+        self._let_go_of_files()
         if not self._children.ready:
             due = min(due, self._import_left())
         return due if self._last_call is None else max(0.0, min(due, self._last_call - time.monotonic()))
@@ -191,16 +196,26 @@ class Supervisor:
     def _next(self) -> Ready | None:
         if self._decision is not None:
             return None
-        if not self._queue and not self._exhausted:
+        while not self._queue and not self._exhausted:
             self._begin(self._source.next())
         return self._queue.popleft() if self._queue else None
 
     def _begin(self, block: list[Ready]) -> None:
         self._exhausted = not block
+        block = [ready for ready in block if not self._is_given_up(ready)]
         # Durable before user code runs: a trial that takes the whole machine down is known by its start.
         self._writer.append(*(records.start(trial=r.trial, attempt=r.attempt) for r in block), durable=True)
         self._open.update((ready.trial, ready) for ready in block)
         self._queue.extend(block)
+
+    def _is_given_up(self, ready: Ready) -> bool:
+        """Fail a trial whose earlier attempts, with other workers too, have spent a budget already."""
+        cause = _spent(self._spec.launch.retries, ready.charges)
+        if cause is None:
+            return False
+        error = f"{ready.charges[cause]} attempts ended by: {cause.value}"
+        self._record(ready, Status.FAILED, {"cause": cause.value, "error": error}, 0.0)
+        return True
 
     def _hand_over(self, slot: int, ready: Ready) -> None:
         worker = self._children.workers.get(slot)
@@ -238,41 +253,44 @@ class Supervisor:
             self._writer.append({"kind": "report", "trial": trial, "attempt": attempt, **_object(message["report"])})
         elif "outcome" in message:
             self._finish(slot, Status(str(message["outcome"])), _object(message["payload"]))
+        elif "broken" in message:
+            raise OrcError(f"trial {trial} can't go on here: {message['broken']}")
         elif "end" in message:
             self._end(slot, Cause(str(message["end"])), str(message["detail"]))
 
     def _finish(self, slot: int, status: Status, payload: JsonObject) -> None:
         running = self._running.pop(slot)
-        trial = running.ready.trial
-        self._writer.append(
-            records.outcome(
-                trial=trial,
-                attempt=running.ready.attempt,
-                status=status,
-                payload=payload,
-                seconds=time.monotonic() - running.began,
-            )
-        )
-        self._open.pop(trial, None)
+        self._record(running.ready, status, payload, time.monotonic() - running.began)
+        self._open.pop(running.ready.trial, None)
+        if self._spec.command is not None:
+            self._done.append(running.ready.trial)
         value, model = payload.get("value"), payload.get("model")
         if isinstance(value, float) and isinstance(model, str):
-            self._let_go += self._podium.add(trial, value, model)
+            self._let_go += self._podium.add(running.ready.trial, value, model)
 
-    def _let_models_go(self) -> None:
-        if self._let_go:
-            # Only once the outcomes that beat them are on the disk.
-            self._writer.sync()
-            models.remove(self._paths, self._let_go)
-            self._let_go = []
+    def _record(self, ready: Ready, status: Status, payload: JsonObject, seconds: float) -> None:
+        self._writer.append(
+            records.outcome(trial=ready.trial, attempt=ready.attempt, status=status, payload=payload, seconds=seconds)
+        )
+
+    def _let_go_of_files(self) -> None:
+        """Delete models that are beaten and checkpoints of trials that are done, once the outcomes are on the disk."""
+        if not (self._let_go or self._done) or self._writer.is_dirty:
+            return
+        models.remove(self._paths, self._let_go)
+        for trial in self._done:
+            shutil.rmtree(self._paths.checkpoint(trial), ignore_errors=True)
+        self._let_go, self._done = [], []
 
     def _end(self, slot: int, cause: Cause, detail: str) -> None:
         """An attempt ended without an outcome: charge it, and try again or give the trial up."""
+        if self._decision is None and detail.endswith(_ENDS_OF_A_NOTICE):
+            self._await_notice()
         cause = self._decision.cause if self._decision and cause in (Cause.SIGNAL, Cause.PREEMPTED) else cause
         ready = self._running[slot].ready
         self._writer.append(records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail))
         ready.charges[cause] += 1
-        budget = _budget(self._spec.launch.retries, cause)
-        if budget is not None and ready.charges[cause] > budget:
+        if _spent(self._spec.launch.retries, ready.charges) is cause:
             self._finish(slot, Status.FAILED, {"cause": cause.value, "error": detail})
             return
         self._running.pop(slot)
@@ -302,8 +320,6 @@ class Supervisor:
             self._end(exited.slot, Cause.ERROR, detail)
             return
         name = signal.Signals(os.WTERMSIG(exited.status)).name
-        if name in _CRASH_SIGNALS_OF_A_NOTICE and self._decision is None:
-            self._await_notice()
         starved = name == "SIGKILL" and memory_kills() > self._running[exited.slot].memory_kills
         self._end(exited.slot, Cause.MEMORY if starved else Cause.SIGNAL, f"killed by {name}")
 
@@ -357,20 +373,19 @@ class Supervisor:
     def _leave(self) -> int:
         if self._decision is None:
             return 0
-        cause = self._decision.cause
-        for running in self._running.values():
-            ready = running.ready
-            self._writer.append(
-                records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail="stopped before it was done")
-            )
-            self._open.pop(ready.trial, None)
-        for ready in self._open.values():
-            self._writer.append(records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail="not begun"))
-        self._writer.sync()
         left = bool(self._abandoned or self._open or not self._exhausted)
+        begun = {running.ready.trial for running in self._running.values()}
+        for ready in self._open.values():
+            self._writer.append(_stopped(ready, self._decision.cause, begun=ready.trial in begun))
+        self._writer.sync()
         if left and self._decision.action is Action.REQUEUE and self._place and not self._is_cancelled():
             _requeue(self._place.job)
         return _LEFT_EARLY if left else 0
+
+
+def _stopped(ready: Ready, cause: Cause, *, begun: bool) -> JsonObject:
+    detail = "stopped before it was done" if begun else "not begun"
+    return records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail, begun=begun)
 
 
 def _object(value: object) -> JsonObject:
@@ -390,6 +405,12 @@ def _budget(retries: object, cause: Cause) -> int | None:
     return int(getattr(retries, names[cause])) if cause in names else None
 
 
+def _spent(retries: object, charges: Counter[Cause]) -> Cause | None:
+    """A cause by which more attempts have ended than its budget allows; None when there is none."""
+    budgets = ((cause, _budget(retries, cause)) for cause in charges)
+    return next((cause for cause, budget in budgets if budget is not None and charges[cause] > budget), None)
+
+
 def _environment(plan: PlanFile) -> dict[str, str]:
     threads = str(plan.spec.launch.cpus)
     fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
@@ -397,11 +418,13 @@ def _environment(plan: PlanFile) -> dict[str, str]:
 
 
 def _situation(job: str) -> Situation | None:
-    try:
-        fields = slurm.show_job(job)
-    except SlurmUnreachable:
-        return None
-    return Situation.of(fields) if fields else None
+    """What Slurm says of our job. The signal that brought us here may have ended the first command that asks, too."""
+    for _ in range(_ASKED):
+        with contextlib.suppress(SlurmUnreachable):
+            fields = slurm.show_job(job, patience=_PATIENCE)
+            if fields:
+                return Situation.of(fields)
+    return None
 
 
 def _requeue(job: str) -> None:
@@ -437,7 +460,7 @@ def _parse(arguments: list[str] | None) -> tuple[Options, bool]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the process; returns its exit code."""
-    signals = Signals()
+    signals = _signals if __name__ == "__main__" else Signals()
     _touch(os.environ.get("ORC_READY"))  # the batch script sends no signal before
     if name := os.environ.get("ORC_NOTICE"):
         signals.add(name)

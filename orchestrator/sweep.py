@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import ledger, models
+from orchestrator import models
 from orchestrator.errors import FolderError, NothingMatched
 from orchestrator.fold import Fold
 from orchestrator.paths import SweepPaths
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from orchestrator.submit import Live
     from orchestrator.trial import State
 
-__all__ = ["Best", "Job", "Standing", "Sweep", "default_runs", "find"]
+__all__ = ["Best", "Job", "Standing", "Sweep", "default_runs", "find", "ids"]
 
 
 def default_runs() -> Path:
@@ -54,6 +54,11 @@ def find(name: str | None, runs: Path) -> SweepPaths:
         raise NothingMatched(f"{runs}: {what} here; --dir or $ORC_DIR says where sweeps live")
     newest = max(found, key=lambda path: (path.stat().st_mtime_ns, path))
     return SweepPaths(newest.parent.absolute())
+
+
+def ids(runs: Path) -> list[str]:
+    """Ids of all sweeps in a folder, in the order of the alphabet."""
+    return sorted(path.parent.name for path in runs.glob("*/plan.jsonl") if not path.parent.name.startswith("."))
 
 
 def _is_called(folder: str, name: str) -> bool:
@@ -244,6 +249,8 @@ class Sweep:
 
     def _counts(self, alive: Sequence[Live] | None) -> dict[str, int]:
         # Without an answer from Slurm, whoever began a trial and has not ended it is taken at its word.
+        from orchestrator import ledger
+
         running = sum(alive is None or _is_alive(writer, alive) for writer in self.fold.running().values())
         rest = self.fold.num_missing - running
         now = ledger.current(self.paths)

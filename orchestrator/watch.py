@@ -1,4 +1,7 @@
-"""Watching a sweep of this machine until it ends, with progress on stderr."""
+"""Watching a sweep until it ends, with progress on stderr: a bar on a terminal, a line now and then elsewhere.
+
+watch(sweep, lambda: not local.alive(process))
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from orchestrator import local
+from orchestrator import show
 from orchestrator.sweep import Sweep
 
 __all__ = ["watch"]
@@ -19,16 +22,20 @@ _SAY_S = 30.0
 Update = Callable[[int], None]
 
 
-def watch(sweep: Sweep, process: local.Process) -> None:
-    """Return when `process` has ended; meanwhile show how many trials have an outcome."""
+def watch(sweep: Sweep, is_over: Callable[[], bool]) -> None:
+    """Return when `is_over`, which is asked some fifty times a second; meanwhile show how many trials have ended."""
     with _progress(sweep) as update:
-        looked = time.monotonic()
-        while local.alive(process):
-            time.sleep(_POLL_S)
+        looked = -_LOOK_S
+        while not is_over():
             if time.monotonic() - looked >= _LOOK_S:
-                update(sweep.plan.num_trials - sweep.refresh().fold.num_missing)
+                update(_ended(sweep))
                 looked = time.monotonic()
-        update(sweep.plan.num_trials - sweep.refresh().fold.num_missing)
+            time.sleep(_POLL_S)
+        update(_ended(sweep))
+
+
+def _ended(sweep: Sweep) -> int:
+    return sweep.plan.num_trials - sweep.refresh().fold.num_missing
 
 
 @contextmanager
@@ -37,26 +44,24 @@ def _progress(sweep: Sweep) -> Iterator[Update]:
         yield _lines(sweep)
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} trials"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(sweep.id, total=sweep.plan.num_trials)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task("", total=sweep.plan.num_trials)
+        yield lambda done: bar.update(task, completed=done, description=_best(sweep))
+
+
+def _best(sweep: Sweep) -> str:
+    top = sweep.best(1)
+    return f"{sweep.plan.spec.metric.name} {show.number(top[0].value)}" if top else ""
 
 
 def _lines(sweep: Sweep) -> Update:
@@ -67,6 +72,6 @@ def _lines(sweep: Sweep) -> Update:
         nonlocal said
         if time.monotonic() - said >= _SAY_S:
             said = time.monotonic()
-            print(f"{sweep.id}: {done} of {sweep.plan.num_trials} trials", file=sys.stderr, flush=True)
+            print(f"{sweep.id}: {done:,} of {sweep.plan.num_trials:,} trials", file=sys.stderr, flush=True)
 
     return update

@@ -23,7 +23,7 @@ HOUSE = [
     "channel source command requeue reducer",  # the running side, free of torch
     "data dist checkpoint trial worker",  # the only rooms with torch
     "forkserver children supervisor",  # what Slurm starts; workers are its children
-    "intake sweep lab show watch cli",  # what a person calls
+    "intake sweep lab show watch running preview logs examples cli",  # what a person calls
     "__init__ __main__",
 ]
 ROW = {room: row for row, rooms in enumerate(HOUSE) for room in rooms.split()}

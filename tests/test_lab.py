@@ -27,7 +27,6 @@ def plan(*, version: tuple[int, int] = (22, 5), **options: object) -> LabPlan:
     return LabPlan(
         files=LabFiles(root=ROOT, run=ROOT / "run"),
         options=asked,
-        cluster="orclab1",
         host="here",
         user="ada",
         memory_mb=1000,
@@ -187,7 +186,6 @@ FACTS = LabFacts(
     host="here",
     boot="b",
     run=Path("/short"),
-    cluster="orclab1",
     options=LabOptions(nodes=2),
     ports=(1, 2, 3, 4, 5),
     password="secret",

@@ -182,3 +182,10 @@ def test_without_accounting_nothing_is_known(fake: FakeSlurm) -> None:
 def test_the_least_limit_of_ones_own_qualities_counts(fake: FakeSlurm) -> None:
     fake.will("sacctmgr", "say 500|normal,long\\n|normal\\n", "say normal|200\\nlong|\\nforeign|3\\n")
     assert slurm.submit_limit() == 200
+
+
+def test_a_requeue_without_an_answer_is_no_refusal(fake: FakeSlurm) -> None:
+    # What scontrol requeue says on 22.05 when the controller is down.
+    fake.will("scontrol", "reject Unexpected message received for job 5")
+    with pytest.raises(SlurmUnreachable):
+        slurm.requeue("5")

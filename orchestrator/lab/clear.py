@@ -24,21 +24,20 @@ _STRAGGLER_LIMIT_S = 10.0
 def clear(root: Path, facts: LabFacts | None) -> None:
     """Leave nothing of the lab but its logs. Harmless when there is nothing.
 
+    Without facts (someone has deleted the folder of a running lab) its processes are still found and ended.
+
     Raises:
         UsageError: the lab runs, or has run, on another machine.
         OrcError: a process would not end; the text names its pid.
     """
+    files = LabFiles(root=root, run=facts.run if facts else root / "run")
     if facts is not None:
         if facts.boot != boot_id() and facts.host != short_host():
-            raise UsageError(
-                f"{root}: this lab belongs to machine {facts.host}; set ORC_LAB to a folder of this machine"
-            )
-        files = LabFiles(root=root, run=facts.run)
+            raise UsageError(f"{root}: this lab belongs to machine {facts.host}; set ORC_LAB to a folder of this one")
         _cancel_jobs(files, facts)
         _end_daemons(facts)
-        _end_stragglers(files, facts)
-        _remove_folder(facts.run)
-    _remove_files(LabFiles(root=root, run=root / "run"))
+    _end_stragglers(files)
+    _remove_files(files)
 
 
 def _cancel_jobs(files: LabFiles, facts: LabFacts) -> None:
@@ -60,22 +59,22 @@ def _end_daemons(facts: LabFacts) -> None:
         process.end()
 
 
-def _end_stragglers(files: LabFiles, facts: LabFacts) -> None:
+def _end_stragglers(files: LabFiles) -> None:
     """Kill what outlives its slurmd: slurmstepd, and processes that a job has detached."""
 
     def gone() -> bool:
-        left = list(_stragglers(files, facts))
+        left = list(_stragglers(files))
         for process in left:
             process.send(signal.SIGKILL)
         return not left
 
     if not poll(gone, _STRAGGLER_LIMIT_S):
-        pids = ", ".join(str(process.pid) for process in _stragglers(files, facts))
+        pids = ", ".join(str(process.pid) for process in _stragglers(files))
         raise OrcError(f"{files.root}: these processes of the lab do not end: {pids}")
 
 
-def _stragglers(files: LabFiles, facts: LabFacts) -> Iterator[Process]:
-    yield from processes_with({f"{MARK}={facts.cluster}".encode(), f"SLURM_CLUSTER_NAME={facts.cluster}".encode()})
+def _stragglers(files: LabFiles) -> Iterator[Process]:
+    yield from processes_with({f"{MARK}={files.cluster}".encode(), f"SLURM_CLUSTER_NAME={files.cluster}".encode()})
     # Slurm's own helpers write their title over their environment, but each holds its daemon's log open.
     yield from processes_writing(files.logs, program="slurm")
 
@@ -89,7 +88,7 @@ def _remove_folder(folder: Path) -> None:
 
 
 def _remove_files(files: LabFiles) -> None:
-    for folder in (files.run, files.state, files.database):
+    for folder in (files.run, files.root / "run", files.state, files.database):
         _remove_folder(folder)
     confs = (files.slurm_conf, files.cgroup_conf, files.plugstack_conf, files.slurmdbd_conf)
     for file in (*confs, files.munge_key, files.database_sql, files.facts):

@@ -76,7 +76,7 @@ class Lab:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+        self.root = root.resolve()
         if not _SAFE_PATH.fullmatch(str(self.root)):
             raise UsageError(f"{str(self.root)!r}: the path of a lab may have letters, digits and . _ / + @ ~ - only")
 
@@ -118,6 +118,7 @@ class Lab:
             OrcError: a process of its own would not end; the text names its pid.
         """
         if not self.root.is_dir():
+            clear(self.root, None)
             return False
         with self._lock():
             facts = read_facts(self.root)

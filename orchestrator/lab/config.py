@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from orchestrator.lab.options import LabOptions
 __all__ = ["DATABASE", "MARK", "LabFiles", "LabPlan", "database_sql", "slurm_conf", "slurmdbd_conf"]
 
 DATABASE = "slurm_acct_db"
-# Environment variable by which the daemons of one start of a lab are known; its value is the ClusterName.
+# Environment variable by which the daemons of a lab are known; its value is the ClusterName.
 MARK = "ORC_LAB_CLUSTER"
 
 
@@ -26,6 +27,11 @@ class LabFiles:
 
     root: Path
     run: Path
+
+    @property
+    def cluster(self) -> str:
+        """ClusterName: every process of its jobs has it in its environment, so it must follow from the folder alone."""
+        return f"orclab{hashlib.sha256(bytes(self.root)).hexdigest()[:12]}"
 
     @property
     def slurm_conf(self) -> Path:
@@ -108,7 +114,6 @@ class LabPlan:
     Args:
         files: where things are.
         options: as asked for.
-        cluster: ClusterName, unique to this start of this lab; every process of its jobs has it in its environment.
         host: this machine's short name.
         user: who runs the daemons.
         memory_mb: RealMemory of each node, in MiB.
@@ -119,7 +124,6 @@ class LabPlan:
 
     files: LabFiles
     options: LabOptions
-    cluster: str
     host: str
     user: str
     memory_mb: int
@@ -137,7 +141,7 @@ def slurm_conf(plan: LabPlan) -> str:
 def _daemons(plan: LabPlan) -> list[str]:
     files, options = plan.files, plan.options
     return [
-        f"ClusterName={plan.cluster}",
+        f"ClusterName={files.cluster}",
         f"SlurmctldHost={plan.host}(127.0.0.1)",
         f"SlurmctldPort={plan.ports[0]}",
         f"SlurmUser={plan.user}",

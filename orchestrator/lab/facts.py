@@ -29,7 +29,6 @@ class LabFacts:
         host: short name of the machine.
         boot: boot id at the start.
         run: folder of sockets and spools.
-        cluster: ClusterName, unique to this start.
         options: as asked for.
         ports: as in `LabPlan`.
         password: of the accounting database.
@@ -40,7 +39,6 @@ class LabFacts:
     host: str
     boot: str
     run: Path
-    cluster: str
     options: LabOptions
     ports: tuple[int, ...]
     password: str
@@ -56,7 +54,6 @@ class LabFacts:
         return LabPlan(
             files=LabFiles(root=root, run=self.run),
             options=self.options,
-            cluster=self.cluster,
             host=self.host,
             user=pwd.getpwuid(os.getuid()).pw_name,
             memory_mb=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,

@@ -46,7 +46,6 @@ def start(root: Path, options: LabOptions) -> None:
         host=short_host(),
         boot=boot_id(),
         run=_run_folder(root),
-        cluster=f"orclab{secrets.token_hex(6)}",
         options=options,
         ports=free_ports(3 + options.nodes),
         password=secrets.token_hex(16),
@@ -112,7 +111,7 @@ def _make_database(plan: LabPlan) -> None:
 
 def _spawn(facts: LabFacts, plan: LabPlan, name: str) -> LabFacts:
     # A clean environment: neither the caller's Slurm variables nor its secrets reach the daemons, and so the jobs.
-    env = {"PATH": os.environ.get("PATH", os.defpath), MARK: plan.cluster, **environment(plan.files)}
+    env = {"PATH": os.environ.get("PATH", os.defpath), MARK: plan.files.cluster, **environment(plan.files)}
     facts = facts.with_daemon(name, spawn(daemon_argv(plan, name), output=plan.files.output(name), env=env))
     write_facts(plan.files.root, facts)
     return facts

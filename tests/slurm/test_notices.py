@@ -1,7 +1,7 @@
 """What reaches a worker when Slurm wants it gone, for every launch form as rendered: the table of notices, row by row.
 
 All jobs run at the same time, since a time limit takes a minute; whichever xdist worker comes first watches them, and
-the others read what it saw. The process under the script is `listener.py`.
+the others read what it saw (with --dist loadfile nobody waits for it). The process under the script is `listener.py`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from orchestrator.store import Json
 
 if TYPE_CHECKING:
     from conftest import LabFactory
-
-# With --dist loadgroup one worker watches and no other waits for it.
-pytestmark = pytest.mark.xdist_group("notices")
 
 Form = Literal["exec", "trap", "srun"]
 FORMS: tuple[Form, ...] = ("exec", "trap", "srun")

@@ -26,12 +26,18 @@ SMALL = LabOptions(nodes=2, cpus=2)
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Slurm]:
-    """A lab of this test alone, which it may break."""
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """A lab that is down, and is down again after the test."""
     lab = Lab(tmp_path / "lab")
-    lab.up(SMALL)
-    yield Slurm(lab)
+    yield lab
     lab.down()
+
+
+@pytest.fixture
+def own(lab: Lab) -> Slurm:
+    """A lab of this test alone, which it may break."""
+    lab.up(SMALL)
+    return Slurm(lab)
 
 
 def job(folder: Path, body: str) -> Path:
@@ -111,6 +117,18 @@ def test_down_after_all_daemons_were_killed_ends_their_jobs(own: Slurm, tmp_path
     assert not batch.alive()
 
 
+def test_down_ends_a_lab_whose_folder_was_deleted(own: Slurm, tmp_path: Path) -> None:
+    it = own.submit(job(tmp_path, "echo $$ > pid\nsleep 1000"))
+    own.wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    batch = Process.of(int((tmp_path / "pid").read_text()))
+    assert own.job_state(it) == "RUNNING"
+    shutil.rmtree(own.lab.root)
+    own.lab.down()
+    assert processes_naming(own.lab.root) == []
+    assert batch is not None
+    assert not batch.alive()
+
+
 def test_up_after_a_crash_starts_anew(own: Slurm) -> None:
     for name, _ in own.lab.status().daemons:
         own.lab.stop_daemon(name, signal.SIGKILL)
@@ -172,29 +190,31 @@ def test_a_preempted_job_is_dealt_with_as_the_lab_was_told(
 def test_a_path_too_long_for_sockets_is_no_hindrance(tmp_path: Path) -> None:
     lab = Lab(tmp_path / ("long" * 30) / "lab")
     lab.up(LabOptions(nodes=1, cpus=1))
-    run = next(line for line in (lab.root / "slurm.conf").read_text().splitlines() if "SlurmdSpoolDir" in line)
-    short = Path(run.partition("=")[2]).parents[1]
-    assert short.stat().st_mode & 0o777 == 0o700
-    assert Slurm(lab).run("srun", "printenv", "SLURMD_NODENAME") == "n0"
-    lab.down()
-    assert not short.exists()
+    try:
+        facts = read_facts(lab.root)
+        assert facts is not None
+        assert facts.run.stat().st_mode & 0o777 == 0o700
+        assert Slurm(lab).run("srun", "printenv", "SLURMD_NODENAME") == "n0"
+    finally:
+        lab.down()
+    assert not facts.run.exists()
 
 
-def test_a_start_that_fails_shows_the_log_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_fails_shows_the_log_and_leaves_nothing(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "slurmd").write_text("#!/bin/sh\necho no luck today\nexit 1\n")
     (programs / "slurmd").chmod(0o700)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    lab = Lab(tmp_path / "lab")
     with pytest.raises(OrcError, match=r"slurmd-n0 ended as soon as it was started(.|\n)*no luck today"):
         lab.up(SMALL)
     assert processes_naming(lab.root) == []
     assert lab.status().up is False
 
 
-def test_a_start_that_is_killed_is_cleared_by_the_next(tmp_path: Path) -> None:
-    lab = Lab(tmp_path / "lab")
+def test_a_start_that_is_killed_is_cleared_by_the_next(lab: Lab) -> None:
     code = f"from orchestrator.lab import *; from pathlib import Path; Lab(Path({str(lab.root)!r})).up()"
     with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2]) as starting:
         assert poll(lambda: bool((facts := read_facts(lab.root)) and facts.daemons), 30, every_s=0.001)
@@ -235,10 +255,8 @@ def exit_as_nobody(home: Path) -> NoReturn:
 
 
 @pytest.mark.skipif(bool(missing_programs(accounting=True)), reason="no slurmdbd or no MariaDB on this machine")
-def test_accounting_remembers_jobs(tmp_path: Path) -> None:
-    lab = Lab(tmp_path / "lab")
+def test_accounting_remembers_jobs(lab: Lab, tmp_path: Path) -> None:
     lab.up(LabOptions(nodes=1, cpus=1, accounting=True))
     slurm = Slurm(lab)
     it = slurm.submit(job(tmp_path, "true"))
     slurm.wait_for(lambda: "COMPLETED" in slurm.run("sacct", "-n", "-X", "-o", "State", "-j", it))
-    lab.down()
