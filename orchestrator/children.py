@@ -88,6 +88,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
                 pass_fds=[theirs.fileno()],
+                process_group=0 if "--fresh" in extra else None,
             )
         return process, Channel(ours)
 
@@ -140,6 +141,7 @@ class Children:
         """Direct children that have ended, after a SIGCHLD."""
         for worker in list(self.workers.values()):
             if worker.process is not None and worker.process.poll() is not None:
+                _end_group(worker.process.pid)
                 code = worker.process.returncode
                 yield Exited(worker.slot, -code if code < 0 else code << 8)
 
@@ -158,6 +160,15 @@ class Children:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for worker in self.workers.values():
+            if worker.process is not None:
+                _end_group(worker.process.pid)
+
+
+def _end_group(pid: int) -> None:
+    """Kill what a worker, the leader of its group, has left behind, such as data loaders."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def memory_kills() -> int:

@@ -24,6 +24,8 @@ from pathlib import Path
 import orjson
 
 from orchestrator.channel import Channel
+from orchestrator.code import Manifest
+from orchestrator.errors import FolderError
 from orchestrator.objective import Diverged, NoResult, Objective, finite
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause
@@ -56,14 +58,13 @@ def _switches(params: list[tuple[str, Json]]) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={_text(value)}" for name, value in given]
 
 
-def expand(command: tuple[str, ...], params: JsonObject, *, program: str | None, params_file: Path) -> list[str]:
+def expand(command: tuple[str, ...], params: JsonObject, *, params_file: Path) -> list[str]:
     """The argument list of a trial: W&B's macros replaced, each whole or inside a longer argument.
 
-    `${args}` gives --name=value for every parameter, `${args_no_hyphens}` name=value, `${args_no_boolean_flags}` turns
-    true into
-    --name and leaves false out, `${args_json}` is one JSON argument and `${args_json_file}` a file with it;
-    `${program}`, `${interpreter}`, `${env}` and `${envvar:NAME}` as in W&B. Values are passed as arguments and never
-    seen by a shell.
+    `${args}` gives --name=value for every parameter, `${args_no_hyphens}` name=value; `${args_no_boolean_flags}` turns
+    true into --name and leaves false out; `${args_json}` is one JSON argument and `${args_json_file}` a file with it;
+    `${interpreter}`, `${env}` and `${envvar:NAME}` are as in W&B (`${program}` was replaced when the file was read).
+    Values are passed as arguments and never seen by a shell.
     """
     pairs = list(flat(params))
     many = {
@@ -74,7 +75,6 @@ def expand(command: tuple[str, ...], params: JsonObject, *, program: str | None,
     one = {
         "${args_json}": json.dumps(params),
         "${args_json_file}": str(params_file),
-        "${program}": program or "",
         "${interpreter}": sys.executable,
         "${env}": "/usr/bin/env",
     }
@@ -102,6 +102,8 @@ class Runner:
         self._paths = paths
         self._spec = spec
         self._channel = channel
+        self._code = code_folder(paths)
+        self._command = from_snapshot(spec.command or (), self._code)
         self._process: subprocess.Popen[bytes] | None = None
         self._noticed = False
         signal.signal(signal.SIGUSR1, self._pass_on)
@@ -122,12 +124,12 @@ class Runner:
         name = f"trial {message['trial']} attempt {message['attempt']}"
         print(f"=== {name}: start {message['params']}", flush=True)
         began = time.monotonic()
-        scratch = Path(tempfile.mkdtemp(prefix="orc-"))
         try:
-            answer = self._run(message, scratch)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        end = answer.get("outcome", answer.get("detail"))
+            with tempfile.TemporaryDirectory(prefix="orc-", ignore_cleanup_errors=True) as scratch:
+                answer = self._run(message, Path(scratch))
+        except OSError as error:  # a full disk, say, which is not the trial's fault
+            answer = {"broken": f"{error.filename or tempfile.gettempdir()}: {error.strerror or error}"}
+        end = answer.get("outcome", answer.get("detail", answer.get("broken")))
         print(f"=== {name}: {end} after {time.monotonic() - began:.2f} s", flush=True)
         return answer
 
@@ -136,7 +138,7 @@ class Runner:
         assert isinstance(params, dict)
         params_file, reports = scratch / "params.json", Reports(scratch / "report.jsonl", self._spec, self._channel)
         params_file.write_bytes(orjson.dumps(params))
-        argv = expand(self._spec.command or (), params, program=self._program(), params_file=params_file)
+        argv = expand(self._command, params, params_file=params_file)
         environment = self._environment(message, params_file, reports.path)
         try:
             self._process = subprocess.Popen(
@@ -163,15 +165,18 @@ class Runner:
         self._process.wait()
 
     def _cwd(self) -> Path:
-        return self._paths.code if self._paths.code.is_dir() else Path.cwd()
+        """Where the sweep file is; but `python -m module` finds the module in its folder, so there in the snapshot."""
+        return self._code if "-m" in self._command else Path.cwd()
 
-    def _program(self) -> str | None:
-        return None if self._spec.program is None else str(self._paths.code / self._spec.program)
+    def _python_path(self) -> list[str]:
+        before = os.environ.get("PYTHONPATH")
+        return [str(self._code), str(self._paths.code), *([before] if before else [])]
 
     def _environment(self, message: JsonObject, params_file: Path, report: Path) -> dict[str, str]:
         index = int(str(message["index"]))
         return {
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(self._python_path()),
             "ORC_SWEEP": str(self._paths.root),
             "ORC_TRIAL": str(index),
             "ORC_SEED": str(message["seed"]),
@@ -179,6 +184,26 @@ class Runner:
             "ORC_REPORT": str(report),
             "ORC_CHECKPOINT": str(checkpoint_folder(self._paths.checkpoint(index), int(str(message["attempt"])))),
         }
+
+
+def code_folder(paths: SweepPaths) -> Path:
+    """The sweep file's folder in the snapshot; the snapshot itself where it doesn't say."""
+    try:
+        return paths.code / Manifest.read(paths.code).folder
+    except FolderError:
+        return paths.code
+
+
+def from_snapshot(command: tuple[str, ...], code: Path) -> tuple[str, ...]:
+    """The command with every file that the snapshot has, such as `train.py`, taken from there.
+
+    So a program may be edited while trials wait, and still finds its data where it always does. The first argument is
+    looked up on PATH unless it has a slash.
+    """
+    return tuple(
+        str(code / part) if (position or "/" in part) and (code / part).is_file() else part
+        for position, part in enumerate(command)
+    )
 
 
 def checkpoint_folder(folder: Path, attempt: int) -> Path:

@@ -42,6 +42,11 @@ class SweepPaths:
         return self.root / "code"
 
     @property
+    def origin(self) -> Path:
+        """A file that names the folder of the sweep file: where workers run, so that relative data paths are found."""
+        return self.root / "origin"
+
+    @property
     def sbatch(self) -> Path:
         """Folder of the scripts that were handed to sbatch."""
         return self.root / "sbatch"

@@ -174,7 +174,9 @@ class RecordWriter:
 
     def close(self) -> None:
         """Make everything durable."""
+        self.sync()
         self._file.close()
+        self._dirty_since = None
 
 
 def as_index(value: Json) -> int:

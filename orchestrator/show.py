@@ -121,7 +121,8 @@ def standing_json(sweep: Sweep, found: Standing) -> JsonObject:
 
 
 def _retries(found: Standing) -> list[str]:
-    return [f"  retried: {number} x {cause}" for cause, number in found.retries.items()]
+    causes = [f"{number} {cause}" for cause, number in found.retries.items()]
+    return [f"  attempts that ended without an outcome: {', '.join(causes)}"] if causes else []
 
 
 def _failures(sweep: Sweep, found: Standing) -> list[str]:

@@ -151,6 +151,7 @@ def _fill(paths: SweepPaths, plan: SweepPlan, snapshot: Snapshot, sweep_file: by
         folder.mkdir(mode=0o700)
     snapshot.copy(paths.code)
     store.write(paths.sweep_file, sweep_file)
+    store.write(paths.origin, os.fsencode(snapshot.root / snapshot.folder))
     store.write(paths.submissions, b"")
     write_plan(plan, paths.plan)
 

@@ -43,6 +43,8 @@ __all__ = ["Options", "Supervisor", "main"]
 
 _LAST_CALL_S = 20.0
 """Before a time limit, in seconds: what still runs then is stopped, so that the requeue is ours and not too late."""
+_SAVE_S = 3.0
+"""After a cancel, in seconds: how long a program may take to save. Slurm kills after KillWait, by default 30."""
 _LEFT_EARLY = 75
 _ASKED = 3
 _PATIENCE = slurm.Patience(timeout_s=5.0, tries=1)
@@ -215,6 +217,7 @@ class Supervisor:
             return False
         error = f"{ready.charges[cause]} attempts ended by: {cause.value}"
         self._record(ready, Status.FAILED, {"cause": cause.value, "error": error}, 0.0)
+        self._done.append(ready.trial)
         return True
 
     def _hand_over(self, slot: int, ready: Ready) -> None:
@@ -286,7 +289,8 @@ class Supervisor:
         """An attempt ended without an outcome: charge it, and try again or give the trial up."""
         if self._decision is None and detail.endswith(_ENDS_OF_A_NOTICE):
             self._await_notice()
-        cause = self._decision.cause if self._decision and cause in (Cause.SIGNAL, Cause.PREEMPTED) else cause
+        if self._decision is not None and cause in self._ends_by_notice:
+            cause = self._decision.cause
         ready = self._running[slot].ready
         self._writer.append(records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail))
         ready.charges[cause] += 1
@@ -299,6 +303,12 @@ class Supervisor:
             self._abandoned = True
             return
         self._begin([Ready(ready.trial, ready.attempt + 1, ready.charges)])
+
+    @property
+    def _ends_by_notice(self) -> tuple[Cause, ...]:
+        """How an attempt may end because it was told of a notice; programs answer TERM with any exit code."""
+        by_signal = (Cause.SIGNAL, Cause.PREEMPTED)
+        return by_signal if self._spec.command is None else (*by_signal, Cause.ERROR)
 
     def _on_children(self) -> None:
         for exited in self._children.poll():
@@ -351,7 +361,7 @@ class Supervisor:
             return
         self._decision = decision
         if decision.cause is Cause.CANCELLED:
-            self._last_call = time.monotonic()
+            self._last_call = time.monotonic() + (_SAVE_S if self._spec.command is not None else 0.0)
         elif decision.cause is Cause.TIMEOUT and situation is not None and situation.left_s is not None:
             self._last_call = time.monotonic() + max(0.0, situation.left_s - _LAST_CALL_S)
         for worker in self._children.workers.values():
@@ -458,6 +468,12 @@ def _parse(arguments: list[str] | None) -> tuple[Options, bool]:
     return Options(paths=paths, submission=given.submission, worker=given.worker, slots=given.slots), given.then_reduce
 
 
+def _go_to_origin(paths: SweepPaths) -> None:
+    """Run where the sweep file is, as the user did; a sweep that was moved to another machine runs where it is."""
+    with contextlib.suppress(OSError):
+        os.chdir(os.fsdecode(paths.origin.read_bytes()))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the process; returns its exit code."""
     signals = _signals if __name__ == "__main__" else Signals()
@@ -466,6 +482,7 @@ def main(arguments: list[str] | None = None) -> int:
         signals.add(name)
     os.umask(0o077)
     options, then_reduce = _parse(arguments)
+    _go_to_origin(options.paths)
     try:
         code = Supervisor(options, signals).run()
         if code == 0 and then_reduce:

@@ -21,6 +21,7 @@ import torch
 
 from orchestrator import store
 from orchestrator.channel import Channel
+from orchestrator.errors import OrcError
 from orchestrator.job import Job, load_job, preload
 from orchestrator.objective import Diverged, NoResult
 from orchestrator.paths import SweepPaths
@@ -116,7 +117,10 @@ class Worker:
     def _kept(self, index: int, result: Result) -> JsonObject:
         """Write the model before the outcome that names it."""
         if result.model is not None:
-            store.write(self._paths.model(index, str(result.payload["model"])), result.model)
+            try:
+                store.write(self._paths.model(index, str(result.payload["model"])), result.model)
+            except OrcError as error:
+                return {"broken": str(error)}  # a full disk is not the trial's fault
         return {"outcome": result.status.value, "payload": result.payload}
 
 

@@ -171,3 +171,13 @@ def _mentions(entry: Path, word: bytes) -> bool:
         return word in (entry / "cmdline").read_bytes() or word in (entry / "environ").read_bytes()
     except OSError:
         return False
+
+
+class Clock:
+    """A monotonic clock that stands still until it is set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now

@@ -1,0 +1,122 @@
+"""Records: one file a process start, beats when silent, another file after a write that failed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from sweeps import Clock, records
+from test_store import no_room_after
+
+from orchestrator import store
+from orchestrator.errors import OrcError
+from orchestrator.paths import SweepPaths
+from orchestrator.records import Cause, RecordWriter, Status, end, notice, outcome, report, start
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> SweepPaths:
+    found = SweepPaths(tmp_path)
+    found.records.mkdir()
+    return found
+
+
+def kinds(paths: SweepPaths) -> list[str]:
+    return [line["kind"] for line in records(paths)]
+
+
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        (start(trial=3, attempt=1), b'{"kind":"start","trial":3,"attempt":1}'),
+        (
+            report(trial=3, attempt=1, step=2, metrics={"a": None}),
+            b'{"kind":"report","trial":3,"attempt":1,"step":2,"metrics":{"a":null}}',
+        ),
+        (
+            outcome(trial=3, attempt=1, status=Status.COMPLETE, payload={"value": 1.0}, seconds=0.123456),
+            b'{"kind":"outcome","trial":3,"attempt":1,"status":"complete","payload":{"value":1.0},"seconds":0.1235}',
+        ),
+        (
+            end(trial=3, attempt=1, cause=Cause.SIGNAL, detail="killed by SIGSEGV"),
+            b'{"kind":"end","trial":3,"attempt":1,"cause":"signal","detail":"killed by SIGSEGV"}',
+        ),
+        (
+            end(trial=3, attempt=1, cause=Cause.TIMEOUT, detail="not begun", begun=False),
+            b'{"kind":"end","trial":3,"attempt":1,"cause":"timeout","detail":"not begun","begun":false}',
+        ),
+        (
+            notice(signal="SIGTERM", state="RUNNING", action="leave"),
+            b'{"kind":"notice","signal":"SIGTERM","state":"RUNNING","action":"leave"}',
+        ),
+    ],
+)
+def test_the_kind_comes_first(line: store.JsonObject, text: bytes) -> None:
+    assert store.checked(line).partition(b',"crc"')[0] + b"}" == text
+
+
+def test_the_first_line_says_who_writes(paths: SweepPaths) -> None:
+    writer = RecordWriter(paths, {"host": "n1", "slots": 2})
+    line = records(paths)[0]
+    assert (line["kind"], line["writer"], line["host"], line["slots"]) == ("writer", writer.writer, "n1", 2)
+    assert os.listdir(paths.records) == [f"{writer.writer}.jsonl"]
+
+
+def test_two_writers_never_share_a_file(paths: SweepPaths) -> None:
+    assert RecordWriter(paths, {}).writer != RecordWriter(paths, {}).writer
+    assert len(os.listdir(paths.records)) == 2
+
+
+def test_it_beats_after_silence_only(paths: SweepPaths) -> None:
+    clock = Clock()
+    writer = RecordWriter(paths, {}, beat_s=30.0, clock=clock)
+    clock.now = 29.0
+    assert writer.tick() == 1.0
+    writer.append(start(trial=0, attempt=0), durable=True)
+    clock.now = 31.0
+    assert writer.tick() == 28.0
+    assert kinds(paths) == ["writer", "start"]
+    clock.now = 59.0
+    writer.tick()
+    assert kinds(paths) == ["writer", "start", "beat"]
+
+
+def test_lines_wait_for_the_disk_half_a_second_at_most(paths: SweepPaths) -> None:
+    clock = Clock()
+    writer = RecordWriter(paths, {}, clock=clock)
+    writer.append(start(trial=0, attempt=0))
+    assert writer.tick() == 0.5
+    assert writer.is_dirty
+    clock.now = 0.5
+    writer.tick()
+    assert not writer.is_dirty
+
+
+def test_a_durable_line_waits_for_the_disk(paths: SweepPaths) -> None:
+    writer = RecordWriter(paths, {}, clock=Clock())
+    writer.append(start(trial=0, attempt=0))
+    writer.append(start(trial=1, attempt=0), durable=True)
+    assert not writer.is_dirty
+
+
+def test_after_a_short_write_another_file_is_started(paths: SweepPaths) -> None:
+    writer = RecordWriter(paths, {"host": "n1"})
+    writer.append(start(trial=0, attempt=0))
+    first = paths.record(writer.writer)
+    with no_room_after(first.stat().st_size + 10):  # room for a new file of one line, not for two in this one
+        writer.append(start(trial=1, attempt=0))
+    assert paths.record(writer.writer) != first
+    assert not first.read_bytes().endswith(b"\n")
+    lines = {path: [store.unchecked(line) for _, line in store.lines(path)] for path in paths.records.iterdir()}
+    assert [line["kind"] for line in lines[first] if line] == ["writer", "start"]
+    assert [(line["kind"], line.get("trial")) for line in lines[paths.record(writer.writer)] if line] == [
+        ("writer", None),
+        ("start", 1),
+    ]
+
+
+def test_a_disk_without_any_room_is_an_error_that_names_a_record_file(paths: SweepPaths) -> None:
+    writer = RecordWriter(paths, {})
+    with no_room_after(1), pytest.raises(OrcError, match=str(paths.records)):
+        writer.append(start(trial=0, attempt=0))
