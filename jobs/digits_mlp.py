@@ -46,7 +46,10 @@ def losses(net: torch.nn.Module, batch: Samples) -> dict[str, torch.Tensor]:
     """Per-sample values, shape (batch,); "loss" is trained on."""
     x, y = batch
     z = net(x)
-    return {"loss": F.cross_entropy(z, y, reduction="none"), "accuracy": (z.argmax(-1) == y).float()}
+    values = {"loss": F.cross_entropy(z, y, reduction="none")}
+    if not net.training:  # only reported, so only wanted when validating
+        values["accuracy"] = (z.argmax(-1) == y).float()
+    return values
 
 
 def train(trial: orc.Trial, *, epochs: int = 10, batch_size: int = 64) -> None:

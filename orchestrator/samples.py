@@ -18,7 +18,7 @@ from orchestrator.exact import SQUARE_SHIFT, UNIT_SHIFT
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Chunk", "Samples", "array", "chunks", "total", "weighted"]
+__all__ = ["Chunk", "Samples", "all_finite", "array", "chunks", "total", "weighted"]
 
 # With 2**15 samples a chunk, the widest sum of limbs (4ac + b*b below, under 1.5 * 2**37 a sample) stays under 2**53.
 _CHUNK: Final = 1 << 15
@@ -150,6 +150,11 @@ def _split(values: Floats) -> tuple[Floats, NDArray[np.intp], int]:
     mantissas, exponents = np.frexp(values)
     least = int(exponents.min())
     return mantissas, np.subtract(exponents, least, dtype=np.intp), least
+
+
+def all_finite(values: Floats) -> bool:
+    """Whether none of the values is NaN or infinite."""
+    return bool(np.isfinite(values).all())
 
 
 def total(values: Floats) -> int:
