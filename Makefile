@@ -12,8 +12,10 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 BIN := .venv/bin
 STAMP := .venv/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
-SLURM_PROGRAMS := sbatch srun slurmctld slurmd munged shellcheck
+PYTEST := $(BIN)/pytest -n 6 --dist worksteal
+SLURM_PROGRAMS := sbatch srun slurmctld slurmd munged slurmdbd mariadbd my_print_defaults shellcheck
+# The last two are for accounting (sacct); none of these packages starts a service without a configuration.
+SLURM_PACKAGES := slurm-wlm munge shellcheck slurmdbd mariadb-server-core mariadb-client
 
 .PHONY: demo test check soak bench environment slurm
 
@@ -53,6 +55,6 @@ slurm:
 	@missing=; for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
 	if [ -z "$$missing" ]; then exit; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge shellcheck && exit; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES) && exit; \
 	fi; \
 	echo "Slurm is missing and can't be installed here (that takes root and apt-get): its tests are skipped."

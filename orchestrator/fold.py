@@ -95,7 +95,7 @@ class Fold:
         self._seconds = array("f", [0.0]) * num_trials
         self._next_attempt: dict[int, int] = {}
         self._closed: set[Attempt] = set()
-        self._ends: dict[Attempt, Cause] = {}
+        self._ends: dict[tuple[Attempt, int], Cause] = {}
         self._rivals: dict[int, set[tuple[int, int]]] = {}
 
     # Reading
@@ -154,7 +154,8 @@ class Fold:
         elif kind != "end":
             return
         elif line.get("begun", True):
-            self._ends[this] = Cause(str(line["cause"]))
+            # Two live copies of a trial can number their attempts alike: each is charged.
+            self._ends[this, number] = Cause(str(line["cause"]))
         file.open.pop(this, None)
         self._closed.add(this)
 
@@ -242,7 +243,7 @@ class Fold:
         An attempt that was running when its writer fell silent counts as unknown, unless `free` says of the writer's
         line that its end was none of the trial's doing. An attempt that had not begun costs nothing.
         """
-        found = Counter(cause for this, cause in self._ends.items() if this.trial == trial)
+        found = Counter(cause for (this, _), cause in self._ends.items() if this.trial == trial)
         lost = [this for file in self._files if not free(file.writer) for this in file.running(self._closed)]
         found[Cause.UNKNOWN] += sum(this.trial == trial for this in lost)
         return found

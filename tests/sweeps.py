@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 import os
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def run(paths: SweepPaths, *arguments: str, **options: Any) -> tuple[int, str]:
 
 def fold(paths: SweepPaths) -> Fold:
     """All records of a sweep."""
-    found = Fold(paths, sum(1 for _ in paths.plan.open("rb")) - 1)
+    found = Fold(paths, paths.plan.read_bytes().count(b"\n") - 1)
     found.update()
     return found
 
@@ -159,11 +160,14 @@ def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> None:
 
 def left_running(paths: SweepPaths) -> list[int]:
     """Processes of a sweep that are alive: those that name its folder in their arguments or environment."""
-    word, found = os.fsencode(paths.root), []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid() and _mentions(entry, word):
-            found.append(int(entry.name))
-    return found
+    word, own = os.fsencode(paths.root), str(os.getpid())
+    entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and entry.name != own]
+    return [int(entry.name) for entry in entries if _mentions(entry, word)]
+
+
+def names(folder: Path) -> list[str]:
+    """What a folder holds, sorted."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def _mentions(entry: Path, word: bytes) -> bool:

@@ -92,9 +92,11 @@ def test_each_trial_has_one_outcome_that_counts(paths: SweepPaths) -> None:
     assert fold.trials(Status.DIVERGED) == [1]
 
 
-@pytest.mark.parametrize("better, worse", [(a, b) for i, a in enumerate(Status) for b in list(Status)[i + 1 :]])
+@pytest.mark.parametrize(("better", "worse"), [(a, b) for i, a in enumerate(Status) for b in list(Status)[i + 1 :]])
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_greater_outcome_wins_in_either_order(paths: SweepPaths, better: Status, worse: Status, turned: bool) -> None:
+def test_the_greater_outcome_wins_in_either_order(
+    paths: SweepPaths, better: Status, worse: Status, turned: bool
+) -> None:
     lines = [done(0, 1.0, status=better), done(0, 2.0, status=worse)]
     put(paths, WRITERS[0], *(lines[::-1] if turned else lines))
     assert folded(paths).status(0) == better
@@ -173,9 +175,15 @@ OUTCOMES = st.builds(
     done, st.integers(0, NUM - 1), st.sampled_from([1.0, 2.0]), st.integers(0, 1), st.sampled_from(list(Status))
 )
 ENDS = st.builds(ended, st.integers(0, NUM - 1), st.sampled_from(list(Cause)), st.integers(0, 2), begun=st.booleans())
-STARTS = st.builds(lambda trial, attempt: start(trial=trial, attempt=attempt), st.integers(0, NUM - 1), st.integers(0, 2))
+STARTS = st.builds(
+    lambda trial, attempt: start(trial=trial, attempt=attempt), st.integers(0, NUM - 1), st.integers(0, 2)
+)
 OTHERS = st.sampled_from(
-    [{"kind": "beat"}, report(trial=0, attempt=0, step=1, metrics={"m": 1.0}), notice(signal="S", state="R", action="A")]
+    [
+        {"kind": "beat"},
+        report(trial=0, attempt=0, step=1, metrics={"m": 1.0}),
+        notice(signal="S", state="R", action="A"),
+    ]
 )
 FILES = st.lists(st.lists(STARTS | OUTCOMES | ENDS | OTHERS, max_size=6), min_size=1, max_size=3)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
-from sweeps import Clock, records
+from sweeps import Clock, names, records
 from test_store import no_room_after
 
 from orchestrator import store
@@ -27,7 +26,7 @@ def kinds(paths: SweepPaths) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "line, text",
+    ("line", "text"),
     [
         (start(trial=3, attempt=1), b'{"kind":"start","trial":3,"attempt":1}'),
         (
@@ -60,12 +59,12 @@ def test_the_first_line_says_who_writes(paths: SweepPaths) -> None:
     writer = RecordWriter(paths, {"host": "n1", "slots": 2})
     line = records(paths)[0]
     assert (line["kind"], line["writer"], line["host"], line["slots"]) == ("writer", writer.writer, "n1", 2)
-    assert os.listdir(paths.records) == [f"{writer.writer}.jsonl"]
+    assert names(paths.records) == [f"{writer.writer}.jsonl"]
 
 
 def test_two_writers_never_share_a_file(paths: SweepPaths) -> None:
     assert RecordWriter(paths, {}).writer != RecordWriter(paths, {}).writer
-    assert len(os.listdir(paths.records)) == 2
+    assert len(names(paths.records)) == 2
 
 
 def test_it_beats_after_silence_only(paths: SweepPaths) -> None:

@@ -15,13 +15,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import names
 
 from orchestrator import store
 from orchestrator.errors import OrcError
 from orchestrator.store import AppendFile, JsonObject, checked, intact, unchecked
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -71,7 +76,9 @@ def test_a_line_cut_short_or_zeroed_in_part_is_found(value: JsonObject, data: st
     assert not intact(line[:cut] + bytes(len(line) - cut))
 
 
-@pytest.mark.parametrize("a, b", [({"x": 1, "a": 2}, {"a": 2, "x": 1}), ({"n": {"q": 0, "b": 1}}, {"n": {"b": 1, "q": 0}})])
+@pytest.mark.parametrize(
+    ("a", "b"), [({"x": 1, "a": 2}, {"a": 2, "x": 1}), ({"n": {"q": 0, "b": 1}}, {"n": {"b": 1, "q": 0}})]
+)
 def test_equal_values_have_equal_canonical_bytes(a: JsonObject, b: JsonObject) -> None:
     assert store.canonical(a) == store.canonical(b)
 
@@ -97,7 +104,7 @@ def test_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> None
     store.write(path, b"old")
     store.write(path, b"new" * 10**6)
     assert path.read_bytes() == b"new" * 10**6
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
     assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -110,7 +117,7 @@ def test_a_source_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Pat
     with pytest.raises(KeyError):
         store.write_lines(tmp_path / "file", pieces())
     assert (tmp_path / "file").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path) -> None:
@@ -119,18 +126,18 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path) -> None:
     with no_room_after(1000), pytest.raises(OrcError, match=re.escape(str(path))):
         store.write(path, b"new" * 1000)
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_full_disk_creates_nothing(tmp_path: Path) -> None:
     with no_room_after(1000), pytest.raises(OrcError, match=re.escape(str(tmp_path / "file"))):
         store.create(tmp_path / "file", b"new" * 1000)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("act", [lambda path: store.write(path, b""), lambda path: store.create(path, b""), AppendFile])
 @pytest.mark.parametrize("below", ["no such folder", "a file"])
-def test_a_folder_that_is_none_is_a_clear_error(tmp_path: Path, act, below: str) -> None:  # noqa: ANN001
+def test_a_folder_that_is_none_is_a_clear_error(tmp_path: Path, act, below: str) -> None:
     (tmp_path / "a file").touch()
     path = tmp_path / below / "name"
     with pytest.raises(OrcError, match=re.escape(str(path))):
@@ -142,7 +149,7 @@ def test_create_is_exclusive(tmp_path: Path) -> None:
     assert store.create(path, b"first")
     assert not store.create(path, b"second")
     assert path.read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["claim"]
+    assert names(tmp_path) == ["claim"]
 
 
 def test_create_knows_its_own_success_when_the_answer_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +223,7 @@ def test_a_kill_at_any_system_call_leaves_old_or_new(tmp_path: Path, act: str) -
         assert "+++ killed by SIGKILL" in killed.stderr
         found = path.read_bytes() if path.exists() else b"old"
         assert found in (b"old", new) or (act == APPEND and new.startswith(found) and found[-1:] in (b"", b"\n"))
-        assert all(name.startswith((".file.", "file")) for name in os.listdir(path.parent))
+        assert all(name.startswith((".file.", "file")) for name in names(path.parent))
 
 
 # Files that grow

@@ -15,12 +15,13 @@ from orchestrator.errors import OrcError, UsageError
 __all__ = ["find_program", "missing_programs", "need_programs", "slurm_version"]
 
 _SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "sinfo", "scancel", "scontrol")
-_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacct")
+_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db", "my_print_defaults", "sacct")
 _PACKAGES = {
     "munged": "munge",
     "slurmdbd": "slurmdbd",
-    "mariadbd": "mariadb-server",
-    "mariadb-install-db": "mariadb-server",
+    "mariadbd": "mariadb-server-core",
+    "mariadb-install-db": "mariadb-server-core",
+    "my_print_defaults": "mariadb-client",
 }
 _SYSTEM_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"
 
