@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,8 +97,10 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **threads, "PYTHONPATH": str(HERE), **more}
 
 
-def timed(command: Command, env: Mapping[str, str], folder: Path) -> tuple[float, float]:
-    """Run a command in an empty folder; wall seconds of the command, CPU seconds of it and all its descendants.
+def timed(command: Command, env: Mapping[str, str], folder: Path, *, adopting: bool) -> tuple[float, float]:
+    """Run a command in an empty folder; wall seconds of the command, CPU seconds of it and its descendants.
+
+    With `adopting`, those too that detached themselves, and all of them have ended when this returns.
 
     Raises:
         SystemExit: it failed; the end of what it printed is in the text.
@@ -116,7 +118,7 @@ def timed(command: Command, env: Mapping[str, str], folder: Path) -> tuple[float
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{command.name}: exit code {process.returncode}\n{output.read_text(errors='replace')[-3000:]}")
-    return wall_s, usage.ru_utime + usage.ru_stime + _orphans_cpu_s()
+    return wall_s, usage.ru_utime + usage.ru_stime + (_orphans_cpu_s() if adopting else 0.0)
 
 
 def _orphans_cpu_s() -> float:
@@ -130,12 +132,14 @@ def _orphans_cpu_s() -> float:
         total += usage.ru_utime + usage.ru_stime
 
 
-def measure(commands: Sequence[Command], runs: int, env: Mapping[str, str], folder: Path) -> dict[str, Times]:
+def measure(
+    commands: Sequence[Command], runs: int, env: Mapping[str, str], folder: Path, *, adopting: bool
+) -> dict[str, Times]:
     """Every command once, then every command again, `runs` times."""
     found = {command.name: Times() for command in commands}
     for run in range(runs):
         for number, command in enumerate(commands):
-            wall_s, cpu_s = timed(command, env, folder / f"{run}-{number}")
+            wall_s, cpu_s = timed(command, env, folder / f"{run}-{number}", adopting=adopting)
             found[command.name].wall_s.append(wall_s)
             found[command.name].cpu_s.append(cpu_s)
             print(f"run {run + 1} of {runs}: {command.name}: {wall_s:.2f} s", file=sys.stderr, flush=True)
@@ -177,27 +181,20 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=8, help="trials of the row with one trial per task")
     parser.add_argument("--where", choices=["local", "lab"], default="local")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="orc-bench-") as name:
+    is_local = given.where == "local"
+    commands = local_commands(given.trials) if is_local else lab_commands(given.trials, given.few)
+    small = local_commands(4) if is_local else lab_commands(4, 2)
+    if is_local:
+        # Only here: the lab's daemons are children of ours, and don't end.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    with tempfile.TemporaryDirectory(prefix="orc-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        if given.where == "lab":
-            commands = lab_commands(given.trials, given.few)
-            with lab_environment(folder) as more:
-                found = _warm_and_measure(commands, given.runs, environment(more), folder, lab_commands(4, 2))
-        else:
-            commands = local_commands(given.trials)
-            # Only here: the lab's daemons would be adopted, and waited for.
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-            found = _warm_and_measure(commands, given.runs, environment({}), folder, local_commands(4))
-    print(*table(commands, found, with_cpu=given.where == "local"), sep="\n")
-
-
-def _warm_and_measure(
-    commands: Sequence[Command], runs: int, env: Mapping[str, str], folder: Path, small: Sequence[Command]
-) -> dict[str, Times]:
-    """Before the timing, a small run of each, so that byte code and file cache are warm for all."""
-    (folder / "warm").mkdir()
-    measure(small, 1, env, folder / "warm")
-    return measure(commands, runs, env, folder)
+        env = environment({} if is_local else stack.enter_context(lab_environment(folder)))
+        (folder / "warm").mkdir()
+        # A small run of each before the timing, so that byte code and file cache are warm for all.
+        measure(small, 1, env, folder / "warm", adopting=is_local)
+        found = measure(commands, given.runs, env, folder, adopting=is_local)
+    print(*table(commands, found, with_cpu=is_local), sep="\n")
 
 
 if __name__ == "__main__":

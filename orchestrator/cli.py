@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from orchestrator.intake import Intake
     from orchestrator.lab import Lab
+    from orchestrator.ledger import Part
     from orchestrator.store import Json
     from orchestrator.submit import Receipt
     from orchestrator.sweep import Sweep
@@ -230,6 +231,12 @@ def _test_only(taken: Intake, runs: Path, workers: int | None) -> None:
         click.echo(line)
 
 
+def _part(part: Part) -> str:
+    if part.process is not None:
+        return f"process {part.process.pid} on {part.process.host}"
+    return f"{part.what} {part.job or ''}".rstrip()
+
+
 def _show_receipt(sweep_id: str, receipt: Receipt) -> None:
     for note in receipt.notes:
         _say(note)
@@ -237,7 +244,7 @@ def _show_receipt(sweep_id: str, receipt: Receipt) -> None:
         _say(f"still there: {job.what} {job.job} {job.state} {job.reason}".rstrip())
     if receipt.submission is not None:
         how = "already submitted" if receipt.already else "submitted"
-        parts = [f"{part.what} {part.job or ''}".strip() for part in receipt.submission.parts]
+        parts = [_part(part) for part in receipt.submission.parts]
         _say(f"{how}: {', '.join(parts)}")
     click.echo(sweep_id)
 

@@ -32,12 +32,18 @@ from orchestrator.records import Cause
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Json, JsonObject
 
-__all__ = ["expand", "flat", "server"]
+__all__ = ["expand", "flat", "say", "server"]
 
 _GO_ON_LATER = 75
 _LOOK_S = 0.5
 """How often new reports are passed on while the program runs, in seconds."""
 _MACRO = re.compile(r"\$\{(?:envvar:([A-Za-z_][A-Za-z0-9_]*)|[a-z_]+)\}")
+
+
+def say(text: str) -> None:
+    """Print a line into the log. A log that has no room loses the line, and costs the trial nothing."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def flat(params: JsonObject, prefix: str = "") -> Iterator[tuple[str, Json]]:
@@ -122,7 +128,7 @@ class Runner:
 
     def _attempt(self, message: JsonObject) -> JsonObject:
         name = f"trial {message['trial']} attempt {message['attempt']}"
-        print(f"=== {name}: start {message['params']}", flush=True)
+        say(f"=== {name}: start {message['params']}")
         began = time.monotonic()
         try:
             with tempfile.TemporaryDirectory(prefix="orc-", ignore_cleanup_errors=True) as scratch:
@@ -130,7 +136,7 @@ class Runner:
         except OSError as error:  # a full disk, say, which is not the trial's fault
             answer = {"broken": f"{error.filename or tempfile.gettempdir()}: {error.strerror or error}"}
         end = answer.get("outcome", answer.get("detail", answer.get("broken")))
-        print(f"=== {name}: {end} after {time.monotonic() - began:.2f} s", flush=True)
+        say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
         return answer
 
     def _run(self, message: JsonObject, scratch: Path) -> JsonObject:
@@ -267,7 +273,7 @@ class Reports:
             step, metrics = _split(json.loads(line), self._lines)
             self._channel.send({"report": {"step": step, "metrics": finite(metrics)}})
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-            print(f"ORC_REPORT: not a report: {line[:200]!r}", file=sys.stderr, flush=True)
+            say(f"ORC_REPORT: not a report: {line[:200]!r}")
             return
         self._lines += 1
         if not self._diverged:

@@ -9,8 +9,10 @@ python -P -m orchestrator.job --code DIR --program PROGRAM       what `check` st
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import importlib.util
+import os
 import subprocess
 import sys
 import traceback
@@ -101,8 +103,8 @@ def check(code: Path, program: str, *, timeout_s: float) -> None:
         done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
         raise ProgramError(
-            f"{program}: importing it took longer than {timeout_s:.0f} s; move slow work out of the module's top level, "
-            "or raise launch.import_timeout_s"
+            f"{program}: importing it took longer than {timeout_s:.0f} s; move slow work out of the module's top "
+            "level, or raise launch.import_timeout_s"
         ) from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()[-_SHOWN_LINES:]
@@ -135,4 +137,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    gc.disable()  # hardly anything that is imported becomes garbage
+    _code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Whoever submits waits for this: taking torch apart in good order would add to it.
+    os._exit(_code)

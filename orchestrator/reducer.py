@@ -34,10 +34,9 @@ _LOOK_S = 1.0
 def summarize(fold: Fold, top: int) -> Summary:
     """The Summary of a sweep: each complete trial's value under its index, and counts of the others."""
     values = fold.values
-    complete = Summary.merge_all(Summary.of(values[i], key=i, top=top) for i in fold.trials(Status.COMPLETE))
+    complete = (Summary.of(values[i], key=i, top=top) for i in fold.trials(Status.COMPLETE))
     return (
-        Summary.empty(top=top)
-        .merge(complete)
+        Summary.merge_all(complete, start=Summary.empty(top=top))
         .merge(Summary.diverged(fold.count(Status.DIVERGED), top=top))
         .merge(Summary.pruned(fold.count(Status.PRUNED), top=top))
         .merge(Summary.failed(fold.count(Status.FAILED), top=top))

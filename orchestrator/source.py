@@ -91,6 +91,11 @@ class Source:
         self._growth.look()
         return self._untouched() or self._left_behind()
 
+    def is_sweep_done(self) -> bool:
+        """Whether every trial, whoever ran it, is seen to have an outcome."""
+        self._fold.update()
+        return not self._fold.num_missing
+
     def _untouched(self) -> list[Ready]:
         while self._position < len(self._blocks):
             block = self._blocks[self._position]

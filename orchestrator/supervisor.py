@@ -141,6 +141,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Work; returns the exit code: 0, or 75 when it left early."""
+        _let_workers_run()
         try:
             self._selector.register(self._signals, selectors.EVENT_READ, self._on_signals)
             self._selector.register(self._children.channel, selectors.EVENT_READ, self._on_children)
@@ -152,6 +153,10 @@ class Supervisor:
             self._children.stop()
             self._writer.close()
             self._let_go_of_files()
+
+    def is_sweep_done(self) -> bool:
+        """Whether every trial, whoever ran it, is seen to have an outcome."""
+        return self._source.is_sweep_done()
 
     def _is_done(self) -> bool:
         if self._decision is not None:
@@ -398,6 +403,16 @@ def _stopped(ready: Ready, cause: Cause, *, begun: bool) -> JsonObject:
     return records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail, begun=begun)
 
 
+def _let_workers_run() -> None:
+    """Have this process wait for its turn when a worker says something, instead of interrupting the workers each time.
+
+    They fill the processors, so that is where a fifth of a millisecond a report would come from. A worker that waits
+    for its next trial has left its processor to us.
+    """
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 def _object(value: object) -> JsonObject:
     assert isinstance(value, dict)
     return value
@@ -455,6 +470,12 @@ def _touch(path: str | None) -> None:
         Path(path).touch()
 
 
+def _reduce(paths: SweepPaths, *, alone: bool) -> int:
+    from orchestrator import reducer
+
+    return reducer.reduce(paths, wait_s=0.0, alone=alone)
+
+
 def _parse(arguments: list[str] | None) -> tuple[Options, bool]:
     parser = argparse.ArgumentParser(prog="orchestrator.supervisor")
     parser.add_argument("verb", choices=["work"])
@@ -484,11 +505,13 @@ def main(arguments: list[str] | None = None) -> int:
     options, then_reduce = _parse(arguments)
     _go_to_origin(options.paths)
     try:
-        code = Supervisor(options, signals).run()
+        supervisor = Supervisor(options, signals)
+        code = supervisor.run()
         if code == 0 and then_reduce:
-            from orchestrator import reducer
-
-            code = reducer.reduce(options.paths, wait_s=0.0)
+            code = _reduce(options.paths, alone=True)
+        elif code == 0 and supervisor.is_sweep_done():
+            # The reducer job will do the same, but only once Slurm has started it.
+            _reduce(options.paths, alone=False)
     except OrcError as error:
         print(f"orchestrator: {error}", file=sys.stderr)
         return error.exit_code

@@ -13,6 +13,7 @@ trained on. Every `next()` of `epochs` and `batches` is a safe point, where a tr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -144,7 +145,8 @@ class Trial:
             TypeError: `build` doesn't return `orc.State`, or doesn't fit the parameters.
         """
         torch.manual_seed(stream(self.seed, "build"))
-        with torch.device(self.device):
+        # Modules are made on the CPU anyway, and every operation in this context passes through Python.
+        with contextlib.nullcontext() if self.device.type == "cpu" else self.device:
             state = build(**self._build_params)
         if not isinstance(state, State):
             raise TypeError(f"{build.__name__} must return orc.State(net=..., opt=...), not {type(state).__name__}")
@@ -252,7 +254,7 @@ class Trial:
 
     def report_all(self, metrics: Mapping[str, Reported], *, step: int | None = None) -> dict[str, float]:
         """As `report`, for names that are no identifiers."""
-        at = step if step is not None else self.num_steps or self._num_reports
+        at = int(step) if step is not None else self.num_steps or self._num_reports
         self._num_reports += 1
         found = {name: _number(value) for name, value in metrics.items()}
         self._emit({"step": at, "metrics": finite(found)})

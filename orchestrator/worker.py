@@ -7,6 +7,7 @@ this process is set back, and every global generator is seeded from the trial's 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -14,13 +15,16 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 
 import torch
 
 from orchestrator import store
 from orchestrator.channel import Channel
+from orchestrator.command import say
 from orchestrator.errors import OrcError
 from orchestrator.job import Job, load_job, preload
 from orchestrator.objective import Diverged, NoResult
@@ -32,6 +36,9 @@ from orchestrator.store import JsonObject
 from orchestrator.trial import Result, Trial, stream
 
 __all__ = ["Worker", "reset", "server"]
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Worker:
@@ -52,6 +59,9 @@ class Worker:
         self._noticed = False
         self._cwd = Path.cwd()
         self._environment = dict(os.environ)
+        self._listen()
+
+    def _listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._notice)
 
@@ -67,23 +77,25 @@ class Worker:
     def _attempt(self, message: JsonObject) -> JsonObject:
         """Train one trial; returns the message that ends it."""
         name = f"trial {message['trial']} attempt {message['attempt']}"
-        print(f"=== {name}: start {message['params']}", flush=True)
+        say(f"=== {name}: start {message['params']}")
         began = time.monotonic()
         answer = self._guarded(message)
-        end = answer.get("outcome", answer.get("detail"))
-        print(f"=== {name}: {end} after {time.monotonic() - began:.2f} s", flush=True)
+        end = answer.get("outcome", answer.get("detail", answer.get("broken")))
+        say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
         return answer
 
     def _guarded(self, message: JsonObject) -> JsonObject:
         try:
             return self._kept(int(str(message["index"])), self._train(message))
         except (MemoryError, torch.OutOfMemoryError) as error:
-            traceback.print_exc()
+            say(traceback.format_exc())
             return _ended(Cause.MEMORY, error)
         except NoResult as error:
             return {"end": Cause.ERROR.value, "detail": str(error)}
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            traceback.print_exc()
+            say(traceback.format_exc())
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                return {"broken": str(error)}  # not the trial's fault, and the next one would fare no better
             return _ended(Cause.ERROR, error)
 
     def _train(self, message: JsonObject) -> Result:
@@ -91,6 +103,7 @@ class Worker:
         params = message["params"]
         bar = message["bar"]
         assert isinstance(params, dict)
+        self._listen()
         reset(seed, self._spec.launch.cpus, self._cwd, self._environment)
         for_build, for_train = split(params, self._job.build, self._job.train)
         trial = Trial(
@@ -103,7 +116,7 @@ class Worker:
             attempt=int(str(message["attempt"])),
             asked_to_stop=lambda: self._noticed,
         )
-        with contextlib.suppress(Diverged):
+        with contextlib.suppress(Diverged), warnings.catch_warnings():
             self._run(trial, for_train)
         return trial.result(bar if isinstance(bar, float) else None)
 
@@ -111,8 +124,10 @@ class Worker:
         returned = self._job.train(trial, **for_train)
         if isinstance(returned, dict):
             trial.report_all(returned)
-        elif isinstance(returned, (int, float, torch.Tensor)):
-            trial.report_all({self._spec.metric.name: returned})
+        elif isinstance(returned, (Real, torch.Tensor)):
+            trial.report_all(
+                {self._spec.metric.name: returned if isinstance(returned, torch.Tensor) else float(returned)}
+            )
 
     def _kept(self, index: int, result: Result) -> JsonObject:
         """Write the model before the outcome that names it."""
@@ -145,10 +160,14 @@ def reset(seed: int, threads: int, cwd: Path, environment: dict[str, str]) -> No
     torch.set_default_device(None)
     torch.set_grad_enabled(True)
     torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_flush_denormal(False)
+    torch.autograd.set_detect_anomaly(False)
     torch.manual_seed(stream(seed, "global"))
     random.seed(stream(seed, "python"))
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(stream(seed, "numpy") % 2**32)
+        numpy.seterr(divide="warn", over="warn", under="ignore", invalid="warn")
 
 
 def server(paths: SweepPaths, spec: SweepSpec) -> Callable[[Channel], None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -103,7 +103,9 @@ def started(paths: SweepPaths, *arguments: str, **options: Any) -> Iterator[subp
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def run(paths: SweepPaths, *arguments: str, **options: Any) -> tuple[int, str]:
@@ -175,6 +177,17 @@ def _mentions(entry: Path, word: bytes) -> bool:
         return word in (entry / "cmdline").read_bytes() or word in (entry / "environ").read_bytes()
     except OSError:
         return False
+
+
+@contextmanager
+def no_room_after(num_bytes: int) -> Iterator[None]:
+    """Files of this process can't grow beyond `num_bytes`, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Clock:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import orjson
 import pytest
 from command_line import HALF, Orc
 
@@ -101,14 +102,14 @@ def test_what_is_done_is_not_done_again(orc: Orc) -> None:
 
 
 def test_failed_trials_are_counted_named_and_exit_4(orc: Orc) -> None:
-    said = orc("run", orc.write(command=["sh", "-c", f'test "$ORC_TRIAL" != 1 && {HALF}']), expect=4)
+    said = orc("run", orc.write(command=["sh", "-c", f'test "$ORC_TRIAL" != 1 || exit 1; {HALF}']), expect=4)
     assert "2 of 3 complete, 1 failed" in said.out
     assert "1 trial failed: left with exit code 1 (first: trial 1)" in said.err
     assert f"orc resume --failed {orc.sweeps[0]}" in said.err
 
 
 def test_failed_trials_run_again_when_asked(orc: Orc) -> None:
-    orc("run", orc.write(command=["sh", "-c", f"test -e {orc.folder}/ready && {HALF}"]), expect=4)
+    orc("run", orc.write(command=["sh", "-c", f"test -e {orc.folder}/ready || exit 1; {HALF}"]), expect=4)
     (orc.folder / "ready").touch()
     assert "nothing is missing" in orc("resume").err
     orc("resume", "--failed")
@@ -202,8 +203,6 @@ def test_plan_as_json_has_the_keys_that_are_promised(done: Orc) -> None:
 
 
 def test_summary_is_what_the_reducer_wrote(done: Orc) -> None:
-    import orjson
-
     stored = orjson.loads((done.runs / done.sweeps[0] / "summary.json").read_bytes())
     assert done("summary", "--json").json == stored
 

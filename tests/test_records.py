@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sweeps import Clock, names, records
-from test_store import no_room_after
+from sweeps import Clock, names, no_room_after, records
 
 from orchestrator import store
 from orchestrator.errors import OrcError

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sweeps import names
+from sweeps import names, no_room_after
 
 from orchestrator import store
 from orchestrator.errors import OrcError
@@ -32,17 +30,6 @@ JSON = st.recursive(
 )
 LINES = st.dictionaries(st.text(max_size=8), JSON, min_size=1, max_size=4)
 CALLS = "openat,write,fsync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
-
-
-@contextmanager
-def no_room_after(num_bytes: int) -> Iterator[None]:
-    """Files of this process can't grow beyond `num_bytes`, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # Lines
@@ -224,6 +211,12 @@ def test_a_kill_at_any_system_call_leaves_old_or_new(tmp_path: Path, act: str) -
         found = path.read_bytes() if path.exists() else b"old"
         assert found in (b"old", new) or (act == APPEND and new.startswith(found) and found[-1:] in (b"", b"\n"))
         assert all(name.startswith((".file.", "file")) for name in names(path.parent))
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_return(tmp_path: Path) -> None:
+    calls = [call for call, _ in calls_on(tmp_path, traced(tmp_path / "file", WRITE).stderr)]
+    assert [call for call in calls if call in ("fsync", "rename")] == ["fsync", "rename", "fsync"]
 
 
 # Files that grow

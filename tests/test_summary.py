@@ -440,3 +440,11 @@ def test_importing_the_summary_imports_nothing_heavy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@given(samples)
+def test_the_mean_alone_is_the_mean_unless_a_value_is_none(values: list[float]) -> None:
+    found = Summary.of_samples(values)
+    wanted = None if found.num_diverged else found.compute().mean
+    assert Summary.mean_of(values) == wanted
+    assert Summary.mean_of(np.array(values)) == wanted

@@ -1,4 +1,4 @@
-"""The supervisor, with real processes and real kills: nothing is lost, nothing counts twice, nothing is left running."""
+"""The supervisor, with real processes and real kills: nothing is lost, counts twice, or is left running."""
 
 from __future__ import annotations
 
@@ -75,6 +75,14 @@ def test_every_trial_gets_one_outcome_and_nothing_is_left(tmp_path: Path) -> Non
     assert [line["trial"] for line in records(paths, "outcome")] == list(range(5))
     assert left_running(paths) == []
     assert sweeps.names(paths.checkpoints) == []
+
+
+def test_whoever_sees_the_last_outcome_writes_the_summary(tmp_path: Path) -> None:
+    paths = make(tmp_path, trials=3)
+    assert run(paths)[0] == 0
+    written = paths.summary.read_bytes()
+    assert json.loads(written)["missing"] == 0
+    assert summary(paths) == written
 
 
 def test_a_trial_that_segfaults_every_time_costs_the_others_nothing(tmp_path: Path) -> None:
@@ -463,7 +471,8 @@ HOSTILE = [
 
 
 def test_hostile_values_are_carried_literally(tmp_path: Path) -> None:
-    copy = "import json, os, sys; json.dump([sys.argv, json.load(open(os.environ['ORC_PARAMS']))], open(sys.argv[1], 'a')); "
+    found = "[sys.argv, json.load(open(os.environ['ORC_PARAMS']))]"
+    copy = f"import json, os, sys; json.dump({found}, open(sys.argv[1], 'a')); "
     report = "open(os.environ['ORC_REPORT'], 'a').write('{\"val_loss\": 1}')"
     paths = make(
         tmp_path,

@@ -84,6 +84,28 @@ def test_what_slurm_starts_runs_from_an_installed_package(module: str, installed
     assert "--submission" in run(installed, tmp_path, code, "--help")
 
 
+def test_a_first_sweep_runs_at_once_from_an_installed_package(installed: Path, tmp_path: Path) -> None:
+    def orc(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "orchestrator", *arguments],
+            cwd=tmp_path,
+            # Before an editable install of this checkout, in every process that follows.
+            env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(installed)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    orc("init")
+    job = tmp_path / "digits_mlp.py"
+    job.write_text(job.read_text() + "\n\ndef preload() -> None:\n    print('from', orc.__file__)\n")
+    assert "4 of 4 complete" in orc("run", "digits_mlp.yaml", "run_cap=4")
+    logs = "".join(path.read_text() for path in tmp_path.glob("runs/*/logs/*.log"))
+    assert f"from {installed}" in logs
+
+
 def test_an_installed_package_leaves_its_folder_alone(installed: Path, tmp_path: Path) -> None:
     run(installed, tmp_path, "import orchestrator.render")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,44 @@
+"""How batches are taken from samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator import data
+
+CPU = torch.device("cpu")
+
+
+@given(
+    num=st.integers(0, 50),
+    batch_size=st.integers(1, 60),
+    piece=st.sampled_from([1, 100, 1000, 1 << 20]),
+    shuffled=st.booleans(),
+)
+def test_pieces_change_nothing(num: int, batch_size: int, piece: int, shuffled: bool) -> None:
+    x, y = torch.arange(3.0 * num).reshape(num, 3), torch.arange(num)
+    order = torch.randperm(num) if shuffled else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_PIECE_BYTES", piece)
+        found = list(data.batches((x, y), order, batch_size, num, CPU))
+    wanted = [range(num)[first : first + batch_size] for first in range(0, num, batch_size)]
+    picked = [[int(order[i]) if order is not None else i for i in batch] for batch in wanted]
+    assert [b[1].tolist() for b in found] == picked  # type: ignore[index]
+    assert all(torch.equal(b[0], x[rows]) for b, rows in zip(found, picked, strict=True))  # type: ignore[index]
+
+
+def test_a_shuffled_batch_may_be_changed_in_place() -> None:
+    x = torch.arange(20.0).reshape(10, 2)
+    before = x.clone()
+    first, second = data.batches((x,), torch.arange(10), 5, 10, CPU)
+    first[0].zero_()  # type: ignore[index]
+    assert torch.equal(second[0], before[5:])  # type: ignore[index]
+    assert torch.equal(x, before)
+
+
+def test_tensors_without_columns_or_bytes_are_samples_too() -> None:
+    empty = torch.empty(7, 0)
+    assert [len(b[0]) for b in data.batches((empty,), None, 3, 7, CPU)] == [3, 3, 1]  # type: ignore[index]

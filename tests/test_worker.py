@@ -1,0 +1,282 @@
+"""The warm worker: a trial gives the same result first, tenth and alone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import sweeps
+import torch
+from sweeps import no_room_after
+
+import orchestrator as orc
+from orchestrator import worker as workers
+from orchestrator.channel import Channel
+from orchestrator.job import Job
+from orchestrator.paths import SweepPaths
+from orchestrator.store import JsonObject
+from orchestrator.worker import Worker
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """A worker owns its process; here it is pytest's."""
+    cwd, environment, threads = Path.cwd(), dict(os.environ), torch.get_num_threads()
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield
+    workers.reset(0, threads, cwd, environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> SweepPaths:
+    return sweeps.folder(tmp_path, sweeps.spec(program="train.py"), "")
+
+
+def answers(paths: SweepPaths, train: Callable[..., object], *messages: JsonObject, build: Any = None) -> list[Any]:
+    """What a worker says to a supervisor that sends `messages` and then hangs up."""
+    module = ModuleType("job")
+    if build is not None:
+        module.build = build  # type: ignore[attr-defined]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for message in messages:
+            ours.sendall(orjson.dumps(message) + b"\n")
+        ours.shutdown(socket.SHUT_WR)
+        Worker(paths, sweeps.spec(program="train.py"), Job(module, train), Channel(theirs)).serve()
+        theirs.shutdown(socket.SHUT_WR)
+        with ours.makefile("rb") as file:
+            return [orjson.loads(line) for line in file]
+
+
+def message(index: int = 0, seed: int = 5, bar: float | None = None, **params: Any) -> JsonObject:
+    return {"index": index, "trial": f"{index}-abc", "params": params, "seed": seed, "attempt": 0, "bar": bar}
+
+
+def outcomes(found: list[Any]) -> list[Any]:
+    return [answer for answer in found if "report" not in answer]
+
+
+def build(*, width: int = 4) -> orc.State:
+    net = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Dropout(0.5), torch.nn.Linear(width, 1))
+    return orc.State(net=net, opt=torch.optim.Adam(net.parameters()))
+
+
+def everything_random(trial: orc.Trial, *, width: int = 4) -> None:
+    """A job whose result depends on every generator and setting that a job can reach."""
+    trial.build(build)
+    x = torch.randn(30, 3) + random.random() + np.random.rand()
+    for _ in trial.epochs(2):
+        for (batch,) in trial.batches((x,), 8):  # type: ignore[misc]
+            trial.step(lambda net, b: net(b[0])[:, 0] ** 2, (batch,))
+    assert Path.cwd() == Path(os.environ["EXPECTED"])
+    assert "LEFT" not in os.environ
+    assert torch.get_num_threads() == 1
+    assert warnings.filters != []
+    trial.report(val_loss=trial.net[2].weight.detach().double().sum().item() + torch.rand(1).item())  # type: ignore[index,operator]
+
+
+def leave_a_mess(trial: orc.Trial) -> None:
+    os.environ["LEFT"] = "1"
+    os.environ.pop("PATH", None)
+    os.chdir("/")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("medium")
+    torch.set_flush_denormal(True)
+    torch.autograd.set_detect_anomaly(True)
+    np.seterr(all="raise")
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    warnings.simplefilter("error")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    trial.report(val_loss=1.0)
+
+
+def test_a_trial_is_the_same_first_tenth_and_alone(paths: SweepPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPECTED", str(Path.cwd()))
+    (alone,) = outcomes(answers(paths, everything_random, message(index=9, seed=99, width=5), build=build))
+    assert alone["outcome"] == "complete", alone
+
+    def job(trial: orc.Trial, **params: Any) -> None:
+        if trial.index % 2:
+            everything_random(trial, **params)
+        else:
+            leave_a_mess(trial)
+
+    many = [message(index=i, seed=i, width=5) for i in range(9)] + [message(index=9, seed=99, width=5)]
+    found = outcomes(answers(paths, job, *many, build=build))
+    assert len(found) == 10
+    assert [answer["outcome"] for answer in found] == ["complete"] * 10
+    assert found[9] == alone
+    assert found[7] != found[9]
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+
+
+def test_reset_gives_the_settings_of_a_fresh_process(tmp_path: Path) -> None:
+    leave_a_mess(orc.Trial(index=0, params={}, seed=0, metric=sweeps.Metric(), emit=lambda _: None))
+    workers.reset(3, 1, tmp_path, {"ONLY": "this"})
+    assert (Path.cwd(), dict(os.environ)) == (tmp_path, {"ONLY": "this"})
+    assert (torch.get_default_dtype(), torch.empty(1).device.type) == (torch.float32, "cpu")
+    assert torch.is_grad_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_anomaly_enabled()
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert (torch.tensor(1e-40) * 1).item() != 0.0
+    assert np.geterr()["invalid"] == "warn"
+    warnings.resetwarnings()
+    warnings.simplefilter("error")
+
+
+@pytest.mark.parametrize(
+    ("train", "cause", "detail"),
+    [
+        (lambda trial: None, "error", "no result: the job ended without a report of 'val_loss'"),
+        (lambda trial: {"acc": 1.0}, "error", "no result: the job never reported 'val_loss'; it reported acc"),
+        (lambda trial: 1 / 0, "error", "ZeroDivisionError: division by zero"),
+        (lambda trial: sys.exit(3), "error", "SystemExit: 3"),
+        (lambda trial: trial.nothing, "error", "AttributeError: 'Trial' object has no attribute 'nothing'"),
+        (lambda trial: {"val_loss": object()}, "error", "TypeError"),
+        (lambda trial: bytearray(10**18), "out of memory", "MemoryError: "),
+    ],
+)
+def test_a_job_that_fails_says_why_and_the_next_trial_runs(
+    paths: SweepPaths, train: Callable[..., object], cause: str, detail: str
+) -> None:
+    def job(trial: orc.Trial) -> object:
+        return train(trial) if trial.index == 0 else 2.5
+
+    bad, good = outcomes(answers(paths, job, message(0), message(1)))
+    assert bad["end"] == cause
+    assert bad["detail"].startswith(detail)
+    assert (good["outcome"], good["payload"]["value"]) == ("complete", 2.5)
+
+
+def test_an_error_reads_the_same_in_every_process(paths: SweepPaths) -> None:
+    def job(_: orc.Trial) -> None:
+        raise ValueError(object())
+
+    (found,) = outcomes(answers(paths, job, message()))
+    assert found["detail"] == "ValueError: <object object at 0x…>"
+
+
+@pytest.mark.parametrize("value", [2.5, torch.tensor(2.5), np.float32(2.5), np.float64(2.5), {"val_loss": 2.5}])
+def test_what_a_job_returns_is_its_last_report(paths: SweepPaths, value: object) -> None:
+    (found,) = outcomes(answers(paths, lambda _: value, message()))
+    assert found["payload"]["value"] == 2.5
+
+
+def test_a_parameter_that_the_job_does_not_take_is_named(paths: SweepPaths) -> None:
+    (found,) = outcomes(answers(paths, lambda trial: 1.0, message(lr=0.1)))
+    assert "'lr'" in found["detail"]
+
+
+def test_a_job_that_diverges_ends_there(paths: SweepPaths) -> None:
+    def job(trial: orc.Trial) -> None:
+        for step in range(10):
+            trial.report(step=step, val_loss=1.0 if step < 3 else float("nan"))
+
+    found = answers(paths, job, message())
+    assert [line["report"]["step"] for line in found[:-1]] == [0, 1, 2, 3]
+    assert (found[-1]["outcome"], found[-1]["payload"]["step"]) == ("diverged", 3)
+
+
+def test_a_model_is_on_the_disk_before_the_outcome_that_names_it(paths: SweepPaths) -> None:
+    def job(trial: orc.Trial) -> float:
+        trial.build(build)
+        return 1.0
+
+    first, again, beaten = outcomes(answers(paths, job, message(), message(), message(1, bar=0.5), build=build))
+    assert first == again
+    name = paths.model(0, first["payload"]["model"])
+    assert sweeps.names(paths.models) == [name.name]
+    assert beaten["payload"]["model"] is None
+
+
+def test_a_full_disk_is_not_the_trials_fault(paths: SweepPaths) -> None:
+    def job(trial: orc.Trial) -> float:
+        trial.build(build)
+        return 1.0
+
+    with no_room_after(100):
+        (found,) = outcomes(answers(paths, job, message(), build=build))
+    assert found.keys() == {"broken"}
+    assert str(paths.models) in found["broken"]
+    assert sweeps.names(paths.models) == []
+
+
+def test_a_job_that_finds_no_room_is_not_charged_for_it(paths: SweepPaths) -> None:
+    def job(_: orc.Trial) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/data/cache")
+
+    (found,) = outcomes(answers(paths, job, message()))
+    assert found == {"broken": "[Errno 28] No space left on device: '/data/cache'"}
+
+
+# With real processes
+
+JOB = """
+import ctypes, os
+import torch
+import orchestrator as orc
+
+def build(*, x):
+    net = torch.nn.Linear(2, 1)
+    return orc.State(net=net, opt=torch.optim.SGD(net.parameters(), lr=0.1))
+
+def losses(net, batch):
+    return net(batch[0])[:, 0] ** 2
+
+def train(trial):
+    trial.build(build)
+    if trial.index == 2:
+        ctypes.string_at(0)
+    if trial.index == 4:
+        os._exit(0)
+    data = (torch.randn(16, 2),)
+    for batch in trial.batches(data, 4):
+        trial.step(losses, batch)
+    trial.validate(losses, data)
+"""
+
+
+def test_a_sweep_of_a_job_gives_the_same_bytes_on_one_slot_and_two(tmp_path: Path) -> None:
+    summaries = []
+    for slots in ("1", "2"):
+        paths = sweeps.folder(tmp_path / slots, sweeps.spec(program="train.py", trials=8, top=3), JOB)
+        code, said = sweeps.run(paths, "--slots", slots)
+        assert code == 0, said
+        assert sweeps.counts(paths) == {"complete": 6, "failed": 2}
+        found = sweeps.fold(paths)
+        assert "SIGSEGV" in str(found.payload(2)["error"])
+        assert "exit code 0 in the middle" in str(found.payload(4)["error"])
+        summaries.append(sweeps.summary(paths))
+        assert len(sweeps.names(paths.models)) == 3
+        assert sweeps.left_running(paths) == []
+    assert summaries[0] == summaries[1]
+
+
+def test_a_program_that_cannot_be_imported_ends_the_supervisor_by_name(tmp_path: Path) -> None:
+    paths = sweeps.folder(tmp_path, sweeps.spec(program="train.py"), "import nothing_of_this_name")
+    code, said = sweeps.run(paths)
+    assert code == 2
+    assert "the program can't be imported on this machine: ModuleNotFoundError: No module named" in said
+    assert sweeps.counts(paths) == {"missing": 3}
