@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=8, help="trials of the row with one trial per task")
     parser.add_argument("--where", choices=["local", "lab"], default="local")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the lab goes down and the folder goes
     is_local = given.where == "local"
     commands = local_commands(given.trials) if is_local else lab_commands(given.trials, given.few)
     small = local_commands(4) if is_local else lab_commands(4, 2)

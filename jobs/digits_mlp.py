@@ -3,7 +3,8 @@
     orc run jobs/digits_mlp.yaml                     on this machine
     orc submit jobs/digits_mlp.yaml                  on Slurm
 
-1,797 images of 8x8 pixels, of which 360, drawn once and for all, are for validation. Needs scikit-learn (pip install 'slurm-orchestrator[examples]').
+1,797 images of 8x8 pixels, of which 360, drawn once and for all, are for validation. Needs scikit-learn
+(pip install 'slurm-orchestrator[examples]').
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, (tuple, list)):
         moved: list[Batch] = [to_device(part, device) for part in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        return batch._make(moved) if hasattr(batch, "_make") else type(batch)(moved)
     if isinstance(batch, dict):
         return {key: to_device(part, device) for key, part in batch.items()}
     return batch

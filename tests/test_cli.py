@@ -32,19 +32,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Orc:
 
 def left(folder: Path) -> list[str]:
     """Command lines of processes that name a folder below `folder`, its own sweeps' for one."""
-    lines = [path.read_bytes().replace(b"\0", b" ").decode() for path in command_lines()]
+    lines = [content(path).replace(b"\0", b" ").decode() for path in Path("/proc").glob("[0-9]*/cmdline")]
     return [line for line in lines if str(folder) in line]
 
 
-def command_lines() -> list[Path]:
-    return [path for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)]
-
-
-def readable(path: Path) -> bool:
+def content(path: Path) -> bytes:
+    """Of a file that may be gone at any moment."""
     try:
-        return bool(path.read_bytes())
+        return path.read_bytes()
     except OSError:
-        return False
+        return b""
 
 
 def wait_until(holds: object, limit_s: float = 30.0) -> None:

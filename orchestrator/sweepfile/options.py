@@ -30,14 +30,14 @@ _OWNED = {
     "wrap": "give program or command",
 }
 _SBATCH = (  # noqa: SIM905  # one name a line would fill two screens
-    "account acctg-freq batch bb bbf begin cluster-constraint clusters constraint container contiguous core- "
-    "spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot distribution exclude "
-    "exclusive extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per- "
-    "task gres gres-flags hint hold ignore-pbs input kill-on-invalid-dep licenses mail-type mail-user mcs- "
-    "label mem mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill nodefile nodelist nodes ntasks "
-    "ntasks-per-core ntasks-per-gpu ntasks-per-node ntasks-per-socket overcommit oversubscribe partition power "
-    "prefer priority profile propagate qos quiet reboot reservation sockets-per-node spread-job switches "
-    "thread-spec threads-per-core time time-min tmp tres-per-task uid use-min-nodes wait-all-nodes wckey "
+    "account acctg-freq batch bb bbf begin cluster-constraint clusters constraint container contiguous core-spec "
+    "cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot distribution exclude exclusive "
+    "extra-node-info get-user-env gid gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres "
+    "gres-flags hint hold ignore-pbs input kill-on-invalid-dep licenses mail-type mail-user mcs-label mem "
+    "mem-bind mem-per-cpu mem-per-gpu mincpus network nice no-kill nodefile nodelist nodes ntasks ntasks-per-core "
+    "ntasks-per-gpu ntasks-per-node ntasks-per-socket overcommit oversubscribe partition power prefer priority "
+    "profile propagate qos quiet reboot reservation sockets-per-node spread-job switches thread-spec "
+    "threads-per-core time time-min tmp tres-per-task uid use-min-nodes wait-all-nodes wckey "
 ).split()
 _SHORT = {
     "A": "account",

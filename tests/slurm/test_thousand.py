@@ -1,4 +1,4 @@
-"""The classic case at full size: 100 blocks of 10 on real data, on a real Slurm and on this machine, to the same bytes."""
+"""The classic case at full size: 100 blocks of 10, on a real Slurm and on this machine, to the same bytes."""
 
 from __future__ import annotations
 
