@@ -5,14 +5,20 @@ Nothing is pickled, and a child that dies in the middle of a message loses that 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import orjson
 
 from orchestrator.store import JsonObject
 
-__all__ = ["Channel"]
+__all__ = ["Channel", "Send", "serve"]
+
+Send: TypeAlias = "Callable[[JsonObject], None]"
 
 
 class Channel:
@@ -25,36 +31,60 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = b""
+        self._sending = threading.Lock()
         self.closed = False
 
     @classmethod
     def from_fd(cls, fd: int) -> Channel:
-        """The end that a parent left open as file descriptor `fd`."""
-        return cls(socket.socket(fileno=fd))
+        """The end that a parent left open as file descriptor `fd`.
+
+        It is this process's alone: what this one starts, by a fork too, doesn't hold it open, and can't speak for it.
+        """
+        os.set_inheritable(fd, False)
+        channel = cls(socket.socket(fileno=fd))
+        os.register_at_fork(after_in_child=channel.close)
+        return channel
 
     def fileno(self) -> int:
         """The file descriptor, so that a selector takes a channel."""
         return self._sock.fileno()
 
     def send(self, message: JsonObject, fds: tuple[int, ...] = ()) -> None:
-        """Send a message, and file descriptors along with it. A peer that is gone is noticed when reading."""
+        """Send a message, and file descriptors along with it; any thread may.
+
+        A peer that is gone is noticed when reading. After `close`, messages are dropped.
+        """
         data = orjson.dumps(message) + b"\n"
-        try:
+        if self._sock.fileno() < 0:
+            return
+        with self._sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if fds:
                 sent = socket.send_fds(self._sock, [data], list(fds))
                 data = data[sent:]
             self._sock.sendall(data)
-        except (BrokenPipeError, ConnectionResetError):
-            return
 
     def receive(self) -> Iterator[JsonObject]:
         """The complete messages after one read, which waits when there is nothing to read; sets `closed` at the end."""
         self._fill(self._read())
         yield from self._drain()
 
+    def receive_rest(self) -> Iterator[JsonObject]:
+        """The complete messages that are there, without waiting, from a peer that has ended; sets `closed`.
+
+        What it left running may hold its end open, so there needn't be an end to read.
+        """
+        self._sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while not self.closed:
+                self._fill(self._read())
+        self.closed = True
+        yield from self._drain()
+
     def receive_with_fds(self) -> tuple[list[JsonObject], list[int]]:
         """As `receive`, with the file descriptors that came along."""
         data, fds, _, _ = socket.recv_fds(self._sock, 65536, 16)
+        for fd in fds:
+            os.set_inheritable(fd, False)
         self._fill(data)
         return list(self._drain()), fds
 
@@ -76,3 +106,27 @@ class Channel:
     def close(self) -> None:
         """Close the socket."""
         self._sock.close()
+
+
+def serve(channel: Channel, attempt: Callable[[JsonObject, Send], JsonObject], notice: Callable[[], None]) -> None:
+    """Serve trials until the supervisor closes the channel.
+
+    Args:
+        channel: to the supervisor.
+        attempt: runs the trial of a message and returns the message that ends it. What it sends meanwhile, also by a
+            thread that outlives it, carries the trial's index and attempt, so that nothing counts for another trial.
+        notice: told of a notice that came before signals could reach this process.
+    """
+    while not channel.closed:
+        messages = list(channel.receive())
+        if any("notice" in message for message in messages):
+            notice()
+        for message in messages:
+            if "notice" not in message:
+                send = _sender(channel, message)
+                send(attempt(message, send))
+
+
+def _sender(channel: Channel, trial: JsonObject) -> Send:
+    name: JsonObject = {"index": trial["index"], "attempt": trial["attempt"]}
+    return lambda message: channel.send({**name, **message})

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.channel import Channel
-from orchestrator.errors import ProgramError
+from orchestrator.errors import OrcError, ProgramError
 from orchestrator.paths import SweepPaths
+from orchestrator.signals import name_of
 from orchestrator.store import JsonObject
 
 __all__ = ["Children", "Exited", "Worker"]
@@ -29,18 +30,32 @@ class Worker:
         channel: to it.
         pid: its process id; None until it is known.
         process: set when it is a direct child of ours.
+        told: a notice was passed on to it.
     """
 
     slot: int
     channel: Channel
     pid: int | None = None
     process: subprocess.Popen[bytes] | None = None
+    told: bool = False
 
-    def signal(self, number: int) -> None:
-        """Send it a signal; one that has just gone, of which we are to be told, is left alone."""
+    def tell(self) -> None:
+        """Pass a notice on: by a signal to one at work, by a message to one that doesn't listen to signals yet."""
+        self.told = True
+        self.channel.send({"notice": True})
+        self._signal()
+
+    def has_pid(self, pid: int) -> None:
+        """Note its process id, and send it the signal that waited for that."""
+        self.pid = pid
+        if self.told:
+            self._signal()
+
+    def _signal(self) -> None:
+        # One that has just gone, of which we are to be told, is left alone.
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(self.pid, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +141,18 @@ class Children:
             elif "exited" in message:
                 yield Exited(int(str(message["exited"])), int(str(message["status"])))
         if self.channel.closed and self._forks:
+            if self.ready:
+                raise OrcError(f"the process that starts the workers {self._server_end()}; the work can go on later")
             raise ProgramError(f"the process that imports the program {self._server_end()} before any trial could run")
 
     def _note_pid(self, message: JsonObject) -> None:
         worker = self.workers.get(int(str(message["forked"])))
         if worker is not None:
-            worker.pid = int(str(message["pid"]))
+            worker.has_pid(int(str(message["pid"])))
 
     def _server_end(self) -> str:
         code = self._server.wait()
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+        return f"was killed by {name_of(-code)}" if code < 0 else f"left with exit code {code}"
 
     def reap(self) -> Iterator[Exited]:
         """Direct children that have ended, after a SIGCHLD."""
@@ -163,6 +180,7 @@ class Children:
         for worker in self.workers.values():
             if worker.process is not None:
                 _end_group(worker.process.pid)
+        self.workers.clear()
 
 
 def _end_group(pid: int) -> None:

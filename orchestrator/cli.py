@@ -335,6 +335,7 @@ def logs(trial: str, sweep: str | None, folder: Path | None, follow: bool) -> No
 @click.option("--set", "settings", multiple=True, metavar="slurm.KEY=VALUE", help="Other sbatch options from now on.")
 @click.option("--on", type=click.Choice(["slurm", "local"]), help="Where (default: as before).")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers at most.")
+@click.option("--force", is_flag=True, help="Even beside something that is alive, or may be on another machine.")
 def resume(
     sweep: str | None,
     folder: Path | None,
@@ -342,20 +343,24 @@ def resume(
     settings: tuple[str, ...],
     on: Literal["slurm", "local"] | None,
     workers: int | None,
+    force: bool,
 ) -> None:
     """Submit exactly what is missing.
 
-    Harmless while jobs still run, and any number of times.
+    Harmless while jobs still run, and any number of times. Of a process on another machine it waits for a word, as
+    long as launch.lease_s says, before it takes over; --force takes over at once.
     """
     from orchestrator import running
 
     found = _open(sweep, folder)
-    receipt = running.resume(found, failed=failed, settings=list(settings), on=on, workers=workers)
+    receipt = running.resume(found, failed=failed, settings=list(settings), on=on, workers=workers, force=force)
     if receipt is None:
         _say(f"{found.id}: nothing is missing")
         click.echo(found.id)
         return
     _show_receipt(found.id, receipt)
+    if receipt.alive and receipt.already:
+        raise TrialsFailed(f"{found.id}: nothing new was handed over, beside what is still there; --force does it")
 
 
 @cli.command()
@@ -369,10 +374,12 @@ def cancel(sweep: str | None, folder: Path | None) -> None:
     from orchestrator import submit as handing
 
     found = _open(sweep, folder)
-    ended = handing.cancel(found.paths)
-    _say(
-        f"{found.id}: cancelled; told to end: {', '.join(one.job for one in ended) or 'nothing, for nothing was alive'}"
-    )
+    alive = handing.cancel(found.paths)
+    told = [one.job for one in alive if not one.is_elsewhere]
+    _say(f"{found.id}: cancelled; told to end: {', '.join(told) or 'nothing, for nothing here was alive'}")
+    for one in alive:
+        if one.is_elsewhere:
+            _say(f"not reached: process {one.job} on {one.reason}; `orc cancel` there ends it at once")
     click.echo(found.id)
 
 

@@ -4,15 +4,20 @@
     snapshot.digest                                    part of the sweep's id
     snapshot.copy(into)                                read-only, whole or not at all
     code.Manifest.read(into).program                   where the program is, inside
+    code.Lineage.of(paths).twin(file)                  the copy of a file of the original tree
 
 In a git work tree the snapshot holds the tracked files and the untracked ones that git doesn't ignore, of the whole
-tree; elsewhere it holds the program's folder without hidden files, virtual environments, byte-code and sweeps. Keys and
-passwords are never taken, nor links that lead out of the tree; what was left out for such a reason is in `skipped`.
+tree. Elsewhere nothing says which files are code and which were written by a trial, and a result that counts as code
+would make the same sweep file another sweep; so of the program's folder it holds source, by name, scripts, small
+configuration files, Python packages whole, and the files that the command names, without hidden files, virtual
+environments, byte-code and sweeps. Keys and passwords are never taken, nor links that lead out of the tree; what was
+left out for such a reason is in `skipped`.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import os
 import secrets
@@ -20,16 +25,17 @@ import stat
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from orchestrator import store
 from orchestrator.errors import FolderError, OrcError, UsageError
 
 if TYPE_CHECKING:
+    from orchestrator.paths import SweepPaths
     from orchestrator.store import Json, JsonObject
 
-__all__ = ["MANIFEST", "MAX_BYTES", "MAX_FILES", "Manifest", "Snapshot", "SnapshotFile", "digest", "survey"]
+__all__ = ["MANIFEST", "MAX_BYTES", "MAX_FILES", "Lineage", "Manifest", "Snapshot", "SnapshotFile", "digest", "survey"]
 
 MAX_BYTES = 64 * 2**20
 MAX_FILES = 20_000
@@ -41,6 +47,28 @@ _SECRET_NAMES = (
     *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk"),
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", ".git-credentials", "credentials", "credentials.json"),
 )
+_SOURCES = (
+    *(
+        ".py",
+        ".pyi",
+        ".pyx",
+        ".pxd",
+        ".so",
+        ".sh",
+        ".bash",
+        ".zsh",
+        ".fish",
+        ".csh",
+        ".awk",
+        ".sed",
+        ".slurm",
+        ".sbatch",
+    ),
+    *(".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".f", ".f90", ".f95", ".rs", ".go", ".java", ".cmake"),
+    *(".jl", ".r", ".m", ".lua", ".pl", ".rb", ".js", ".ts", ".sql"),
+)
+_CONFIGURATIONS = (".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".gin", ".j2", ".jinja", ".jinja2", ".tmpl")
+_CONFIGURATION_BYTES = 2**18
 _SECRET_FOLDERS = frozenset({".ssh", ".aws", ".gnupg", ".kube", ".azure", ".gcloud", ".git"})
 
 
@@ -119,6 +147,57 @@ class Manifest:
             if mine != its:
                 lines.append(f"{'added' if mine is None else 'removed' if its is None else 'changed'} {path}")
         return lines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineage:
+    """A copied snapshot and where it came from.
+
+    Args:
+        code: the copy.
+        folder: the sweep file's folder in it.
+        root: the folder that it was taken of, which may have changed since; None where that is not known.
+    """
+
+    code: Path
+    folder: Path
+    root: Path | None = None
+
+    @classmethod
+    def of(cls, paths: SweepPaths) -> Lineage:
+        """The lineage of a sweep's code."""
+        try:
+            inside = PurePath(Manifest.read(paths.code).folder)
+            origin = Path(os.fsdecode(paths.origin.read_bytes()))
+        except (FolderError, OSError):
+            return cls(code=paths.code, folder=paths.code)
+        root = Path(*origin.parts[: len(origin.parts) - len(inside.parts)])
+        return cls(code=paths.code, folder=paths.code / inside, root=root)
+
+    def twin(self, path: str | os.PathLike[str]) -> Path | None:
+        """The copy of a file or folder of the original; None for one that is not below it, or was not taken."""
+        if self.root is None:
+            return None
+        # As text: every import asks, and all but a few of them from elsewhere.
+        folder, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
+        real = os.path.join(_real_folder(folder), name)  # noqa: PTH118
+        if not _is_below(real, os.fspath(self.root)) or _is_below(real, os.fspath(self.code)):
+            return None
+        found = self.code / os.path.relpath(real, self.root)
+        return found if found.exists() else None
+
+    def twins(self, folders: Iterable[str]) -> list[Path]:
+        """The copies of those folders that have one, such as `src` where an editable install has put it on the path."""
+        return [twin for folder in folders if (twin := self.twin(folder)) is not None and twin.is_dir()]
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +289,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def survey(program: Path | None, base: Path, *, exclude: Sequence[Path] = ()) -> Snapshot:
+def survey(program: Path | None, base: Path, *, exclude: Sequence[Path] = (), command: Sequence[str] = ()) -> Snapshot:
     """Read the code that a sweep will run.
 
     Args:
@@ -218,6 +297,7 @@ def survey(program: Path | None, base: Path, *, exclude: Sequence[Path] = ()) ->
         base: the sweep file's folder.
         exclude: files and folders to leave out: the folder of sweeps, and the sweep file itself, whose `slurm:` part
             must not change the sweep's id.
+        command: the sweep's `command`; files that it names relative to `base` are code, whatever they are called.
 
     Raises:
         UsageError: too many files or bytes (names the largest), a file that can't be read, or no such program.
@@ -226,9 +306,9 @@ def survey(program: Path | None, base: Path, *, exclude: Sequence[Path] = ()) ->
     program = program.resolve() if program else None
     if program and not program.is_file():
         raise UsageError(f"{program}: no such program file")
-    root, names = _git_tree(program, base) or _plain_tree(program, base)
     left_out = {path.resolve() for path in exclude}
-    reader = _Reader(root)
+    root, names, skipped = _git_tree(program, base) or _plain_tree(program, base, command, left_out)
+    reader = _Reader(root, skipped)
     files = reader.read(name for name in names if not _is_within(root / name, left_out))
     inside = program.relative_to(root).as_posix() if program else None
     if inside and not any(file.path == inside for file in files):
@@ -241,7 +321,7 @@ def _is_within(path: Path, folders: set[Path]) -> bool:
     return bool(folders) and (path in folders or not folders.isdisjoint(path.parents))
 
 
-def _git_tree(program: Path | None, base: Path) -> tuple[Path, list[str]] | None:
+def _git_tree(program: Path | None, base: Path) -> tuple[Path, list[str], list[str]] | None:
     """Top and files of the work tree that holds the program; None outside of one, or where git ignores the program."""
     start = program.parent if program else base
     top = _git(start, "rev-parse", "--show-toplevel")
@@ -251,8 +331,8 @@ def _git_tree(program: Path | None, base: Path) -> tuple[Path, list[str]] | None
     names = sorted(set(_git_files(root)))
     wanted = (program or base).relative_to(root).as_posix()
     if program:
-        return (root, names) if wanted in names else None
-    return (root, names) if wanted == "." or any(name.startswith(f"{wanted}/") for name in names) else None
+        return (root, names, []) if wanted in names else None
+    return (root, names, []) if wanted == "." or any(name.startswith(f"{wanted}/") for name in names) else None
 
 
 def _git(folder: Path, *arguments: str) -> bytes:
@@ -286,19 +366,60 @@ def _git_files(root: Path) -> Iterator[str]:
             yield name
 
 
-def _plain_tree(program: Path | None, base: Path) -> tuple[Path, Iterator[str]]:
+def _plain_tree(
+    program: Path | None, base: Path, command: Sequence[str], left_out: set[Path]
+) -> tuple[Path, list[str], list[str]]:
+    """The program's folder, its files that are code, and a line about the others."""
     root = base if program is None else program.parent
-    return root, _walk(root)
+    named = {os.path.normpath(base / word) for word in command}
+    names: list[str] = []
+    others: list[str] = []
+    for name, is_code in _walk(root):
+        if is_code or os.fspath(root / name) in named:
+            names.append(name)
+        elif not _is_within(root / name, left_out):
+            others.append(name)
+    if not others:
+        return root, names, []
+    more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+    return root, names, [f"{min(others)}{more}: left out: outside of git only what looks like source is code"]
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _walk(root: Path) -> Iterator[tuple[str, bool]]:
+    """Files and links to folders below `root`, and whether each is code."""
+    packages: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=False):
         links = [name for name in folders if os.path.islink(os.path.join(folder, name))]  # noqa: PTH114, PTH118 (hot)
         folders[:] = [name for name in folders if name not in links and _is_wanted(Path(folder, name))]
         prefix = "" if folder == os.fspath(root) else Path(folder).relative_to(root).as_posix() + "/"
-        yield from (
-            prefix + name for name in (*names, *links) if not name.startswith(".") and not name.endswith(".pyc")
-        )
+        if "__init__.py" in names or os.path.dirname(folder) in packages:  # noqa: PTH120 (hot)
+            packages.add(folder)
+        for name in (*names, *links):
+            if not name.startswith(".") and not name.endswith(".pyc"):
+                yield prefix + name, folder in packages or name in links or _is_source(Path(folder, name))
+
+
+def _is_source(path: Path) -> bool:
+    """Whether a file is code as far as its name, its mode and its first bytes tell."""
+    suffix = path.suffix.lower()
+    if suffix in _SOURCES:
+        return True
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return True  # The reader says why it can't be taken.
+        if status.st_mode & stat.S_IXUSR:
+            return True
+        if suffix in _CONFIGURATIONS:
+            return status.st_size <= _CONFIGURATION_BYTES
+        return not suffix and _has_shebang(path)
+    except OSError:
+        return path.is_symlink()
+
+
+def _has_shebang(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"#!"
 
 
 def _is_wanted(folder: Path) -> bool:
@@ -311,9 +432,9 @@ def _is_wanted(folder: Path) -> bool:
 class _Reader:
     """Reads files up to the limits, noting what it leaves out."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, skipped: list[str]) -> None:
         self.root = root
-        self.skipped: list[str] = []
+        self.skipped = skipped
         self._sizes: list[tuple[int, str]] = []
         self._total = 0
 

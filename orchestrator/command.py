@@ -1,16 +1,19 @@
 """Programs that know nothing of us: a `command:` per trial, in workers that never import torch.
 
 A program finds ORC_SWEEP (the sweep's folder), ORC_TRIAL (index), ORC_SEED, ORC_PARAMS (a JSON file), ORC_CHECKPOINT (a
-folder that survives preemption) and ORC_REPORT (a file to which it appends JSON lines such as {"step": 3, "val_loss":
-0.31}). SIGTERM asks it to save; exit 75 means "go on later"; exit 0 without a report of the objective is a failure.
+folder that survives preemption), ORC_REPORT (a file to which it appends JSON lines such as {"step": 3, "val_loss":
+0.31}) and ORC_CODE (the copy of the sweep file's folder, made when the sweep was submitted). SIGTERM asks it to save;
+exit 75 means "go on later"; exit 0 without a report of the objective is a failure.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -18,17 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
 
-from orchestrator.channel import Channel
-from orchestrator.code import Manifest
-from orchestrator.errors import FolderError
+from orchestrator import store
+from orchestrator.channel import Channel, Send, serve
+from orchestrator.code import Lineage
+from orchestrator.errors import ProgramError
 from orchestrator.objective import Diverged, NoResult, Objective, finite
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause
+from orchestrator.signals import name_of
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Json, JsonObject
 
@@ -37,6 +43,9 @@ __all__ = ["expand", "flat", "say", "server"]
 _GO_ON_LATER = 75
 _LOOK_S = 0.5
 """How often new reports are passed on while the program runs, in seconds."""
+_PYTHON = re.compile(r"(?:python|pypy)[0-9.]*|\$\{interpreter\}")
+_PLAIN_FLAGS = re.compile(r"-[bBdEiIOPqsSuvx]+")
+_PROBE_S = 60.0
 _MACRO = re.compile(r"\$\{(?:envvar:([A-Za-z_][A-Za-z0-9_]*)|[a-z_]+)\}")
 
 
@@ -64,13 +73,18 @@ def _switches(params: list[tuple[str, Json]]) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={_text(value)}" for name, value in given]
 
 
-def expand(command: tuple[str, ...], params: JsonObject, *, params_file: Path) -> list[str]:
+def expand(
+    command: tuple[str, ...], params: JsonObject, *, params_file: Path, environment: Mapping[str, str]
+) -> list[str]:
     """The argument list of a trial: W&B's macros replaced, each whole or inside a longer argument.
 
     `${args}` gives --name=value for every parameter, `${args_no_hyphens}` name=value; `${args_no_boolean_flags}` turns
     true into --name and leaves false out; `${args_json}` is one JSON argument and `${args_json_file}` a file with it;
-    `${interpreter}`, `${env}` and `${envvar:NAME}` are as in W&B (`${program}` was replaced when the file was read).
-    Values are passed as arguments and never seen by a shell.
+    `${interpreter}`, `${env}` and `${envvar:NAME}`, from `environment`, are as in W&B (`${program}` was replaced when
+    the file was read). Values are passed as arguments and never seen by a shell.
+
+    Raises:
+        ProgramError: `${envvar:NAME}` of a variable that is not in the environment.
     """
     pairs = list(flat(params))
     many = {
@@ -86,13 +100,25 @@ def expand(command: tuple[str, ...], params: JsonObject, *, params_file: Path) -
     }
     found: list[str] = []
     for part in command:
-        found += many[part] if part in many else [_replace(part, one)]
+        found += many[part] if part in many else [_replace(part, one, environment)]
     return found
 
 
-def _replace(part: str, macros: dict[str, str]) -> str:
+def _replace(part: str, macros: dict[str, str], environment: Mapping[str, str]) -> str:
     # In one pass: what a value holds is never looked at again.
-    return _MACRO.sub(lambda match: os.environ.get(match[1], "") if match[1] else macros.get(match[0], match[0]), part)
+    return _MACRO.sub(
+        lambda match: _variable(match[1], environment) if match[1] else macros.get(match[0], match[0]), part
+    )
+
+
+def _variable(name: str, environment: Mapping[str, str]) -> str:
+    try:
+        return environment[name]
+    except KeyError:
+        raise ProgramError(
+            f"command: ${{envvar:{name}}}: the worker has no such variable; a Slurm job is given a short list of those "
+            f"that were set when it was submitted, so give {name} under env: in the sweep file"
+        ) from None
 
 
 class Runner:
@@ -102,54 +128,59 @@ class Runner:
         paths: the sweep.
         spec: its spec.
         channel: to the supervisor.
+        scratch: a folder for files of attempts, which someone else removes in the end: this process may be killed.
     """
 
-    def __init__(self, paths: SweepPaths, spec: SweepSpec, channel: Channel) -> None:
+    def __init__(self, paths: SweepPaths, spec: SweepSpec, channel: Channel, scratch: Path) -> None:
         self._paths = paths
         self._spec = spec
         self._channel = channel
-        self._code = code_folder(paths)
-        self._command = from_snapshot(spec.command or (), self._code)
+        self._scratch = scratch
+        self._lineage = Lineage.of(paths)
+        self._command = from_snapshot(spec.command or (), self._lineage.folder)
         self._process: subprocess.Popen[bytes] | None = None
         self._noticed = False
+        self._told = False
         signal.signal(signal.SIGUSR1, self._pass_on)
 
     def _pass_on(self, *_: object) -> None:
+        """Tell the program of a notice, once, however often it comes."""
         self._noticed = True
-        if self._process is not None:
+        if self._process is not None and not self._told:
+            self._told = True
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
 
     def serve(self) -> None:
         """Run trials until the supervisor closes the channel."""
-        while not self._channel.closed:
-            for message in self._channel.receive():
-                self._channel.send(self._attempt(message))
+        serve(self._channel, self._attempt, self._pass_on)
 
-    def _attempt(self, message: JsonObject) -> JsonObject:
+    def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
         name = f"trial {message['trial']} attempt {message['attempt']}"
         say(f"=== {name}: start {message['params']}")
         began = time.monotonic()
         try:
-            with tempfile.TemporaryDirectory(prefix="orc-", ignore_cleanup_errors=True) as scratch:
-                answer = self._run(message, Path(scratch))
+            with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as scratch:
+                answer = self._run(message, Path(scratch), send)
         except OSError as error:  # a full disk, say, which is not the trial's fault
-            answer = {"broken": f"{error.filename or tempfile.gettempdir()}: {error.strerror or error}"}
+            answer = {"broken": f"{error.filename or self._scratch}: {error.strerror or error}"}
         end = answer.get("outcome", answer.get("detail", answer.get("broken")))
         say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
         return answer
 
-    def _run(self, message: JsonObject, scratch: Path) -> JsonObject:
+    def _run(self, message: JsonObject, scratch: Path, send: Send) -> JsonObject:
         params = message["params"]
         assert isinstance(params, dict)
-        params_file, reports = scratch / "params.json", Reports(scratch / "report.jsonl", self._spec, self._channel)
+        params_file, reports = scratch / "params.json", Reports(scratch / "report.jsonl", self._spec, send)
         params_file.write_bytes(orjson.dumps(params))
-        argv = expand(self._command, params, params_file=params_file)
         environment = self._environment(message, params_file, reports.path)
         try:
-            self._process = subprocess.Popen(
-                argv, cwd=self._cwd(), env=environment, stdin=subprocess.DEVNULL, preexec_fn=_defaults
-            )
+            argv = expand(self._command, params, params_file=params_file, environment=environment)
+        except ProgramError as error:
+            return {"end": Cause.ERROR.value, "detail": str(error)}
+        self._told = False
+        try:
+            self._process = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, preexec_fn=_defaults)
         except (OSError, ValueError) as error:  # ValueError: a null character in a value
             reason = error.strerror if isinstance(error, OSError) else str(error)
             return {"end": Cause.ERROR.value, "detail": f"{argv[0]} can't be started: {reason}"}
@@ -170,13 +201,10 @@ class Runner:
             os.close(handle)
         self._process.wait()
 
-    def _cwd(self) -> Path:
-        """Where the sweep file is; but `python -m module` finds the module in its folder, so there in the snapshot."""
-        return self._code if "-m" in self._command else Path.cwd()
-
     def _python_path(self) -> list[str]:
         before = os.environ.get("PYTHONPATH")
-        return [str(self._code), str(self._paths.code), *([before] if before else [])]
+        first = dict.fromkeys(map(str, (self._lineage.folder, self._lineage.code, *self._lineage.twins(sys.path))))
+        return [*first, *([before] if before else [])]
 
     def _environment(self, message: JsonObject, params_file: Path, report: Path) -> dict[str, str]:
         index = int(str(message["index"]))
@@ -188,16 +216,9 @@ class Runner:
             "ORC_SEED": str(message["seed"]),
             "ORC_PARAMS": str(params_file),
             "ORC_REPORT": str(report),
+            "ORC_CODE": str(self._lineage.folder),
             "ORC_CHECKPOINT": str(checkpoint_folder(self._paths.checkpoint(index), int(str(message["attempt"])))),
         }
-
-
-def code_folder(paths: SweepPaths) -> Path:
-    """The sweep file's folder in the snapshot; the snapshot itself where it doesn't say."""
-    try:
-        return paths.code / Manifest.read(paths.code).folder
-    except FolderError:
-        return paths.code
 
 
 def from_snapshot(command: tuple[str, ...], code: Path) -> tuple[str, ...]:
@@ -207,20 +228,100 @@ def from_snapshot(command: tuple[str, ...], code: Path) -> tuple[str, ...]:
     looked up on PATH unless it has a slash.
     """
     return tuple(
-        str(code / part) if (position or "/" in part) and (code / part).is_file() else part
+        str(code / part) if (position or "/" in part) and _is_file(code / part) else part
         for position, part in enumerate(command)
     )
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a whole script as an argument is too long for a name
+        return False
+
+
+def snapshot_first(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The command with `-P` after a Python that runs `-c` or `-m`, which would look for modules in its folder first.
+
+    A flag and not PYTHONSAFEPATH, since Python programs that it starts in turn would inherit that, and no longer find
+    what lies beside them. Python has the flag since 3.11; an older one is left alone, and the log says so.
+    """
+    position = _python_of(command)
+    if position is None:
+        return command
+    python = sys.executable if command[position] == "${interpreter}" else command[position]
+    if not _knows_safe_path(python):
+        say(f"{python}: not Python 3.11 or newer, so -c and -m take modules from the sweep file's folder as it is now")
+        return command
+    return (*command[: position + 1], "-P", *command[position + 1 :])
+
+
+def _python_of(command: tuple[str, ...]) -> int | None:
+    """Where in the command the Python is that is given `-c` or `-m`; None when there is none."""
+    for position, part in enumerate(command):
+        if _PYTHON.fullmatch(part.rpartition("/")[2]):
+            after = itertools.dropwhile(_PLAIN_FLAGS.fullmatch, command[position + 1 :])
+            if next(after, None) in ("-c", "-m"):
+                return position
+    return None
+
+
+def _knows_safe_path(python: str) -> bool:
+    try:
+        done = subprocess.run(
+            [python, "-P", "-c", ""], stdin=subprocess.DEVNULL, capture_output=True, timeout=_PROBE_S, check=False
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
 def checkpoint_folder(folder: Path, attempt: int) -> Path:
-    """The checkpoint folder of an attempt, seeded from the newest earlier one: two live attempts never share one."""
+    """The checkpoint folder of an attempt, seeded from the newest earlier one: two live attempts never share one.
+
+    It is there whole or not at all, so an attempt that ends while it is copied leaves the earlier one the newest.
+
+    Raises:
+        OSError: no room, say; what it began is gone again.
+    """
     mine = folder / f"attempt-{attempt}"
     earlier = [number for number in range(attempt) if (folder / f"attempt-{number}").is_dir()]
-    shutil.rmtree(mine, ignore_errors=True)
-    if earlier:
-        shutil.copytree(folder / f"attempt-{earlier[-1]}", mine)
-    mine.mkdir(parents=True, exist_ok=True)
+    copy = folder / f".{mine.name}.{secrets.token_hex(6)}"
+    try:
+        if earlier:
+            shutil.copytree(folder / f"attempt-{earlier[-1]}", copy, copy_function=_copy_durably)
+            _sync_folders(copy)
+        else:
+            copy.mkdir(parents=True)
+        _put(copy, mine)
+    except OSError:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
     return mine
+
+
+def _copy_durably(source: str, target: str) -> None:
+    shutil.copy2(source, target)
+    handle = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folders(top: Path) -> None:
+    for folder, _, _ in os.walk(top):
+        store.sync_folder(Path(folder))
+
+
+def _put(new: Path, place: Path) -> None:
+    """Move a folder to its place; what another copy of this attempt has left there goes."""
+    old = new.with_name(f"{new.name}.old")
+    with contextlib.suppress(FileNotFoundError):
+        place.rename(old)
+    new.rename(place)
+    store.sync_folder(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _defaults() -> None:
@@ -235,7 +336,7 @@ def _ended(code: int) -> JsonObject | None:
     if code == 0:
         return None
     if code < 0:
-        return {"end": Cause.SIGNAL.value, "detail": f"killed by {signal.Signals(-code).name}"}
+        return {"end": Cause.SIGNAL.value, "detail": f"killed by {name_of(-code)}"}
     if code == _GO_ON_LATER:
         return {"end": Cause.PREEMPTED.value, "detail": "left with exit code 75, to go on later"}
     return {"end": Cause.ERROR.value, "detail": f"left with exit code {code}"}
@@ -247,12 +348,12 @@ class Reports:
     Args:
         path: the file; it need not exist.
         spec: for the objective.
-        channel: where reports are passed on.
+        send: passes reports on.
     """
 
-    def __init__(self, path: Path, spec: SweepSpec, channel: Channel) -> None:
+    def __init__(self, path: Path, spec: SweepSpec, send: Send) -> None:
         self.path = path
-        self._channel = channel
+        self._send = send
         self._objective = Objective(spec.metric)
         self._offset = 0
         self._diverged = False
@@ -271,7 +372,7 @@ class Reports:
     def _take(self, line: bytes) -> None:
         try:
             step, metrics = _split(json.loads(line), self._lines)
-            self._channel.send({"report": {"step": step, "metrics": finite(metrics)}})
+            self._send({"report": {"step": step, "metrics": finite(metrics)}})
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             say(f"ORC_REPORT: not a report: {line[:200]!r}")
             return
@@ -302,6 +403,9 @@ def _split(report: dict[str, object], line: int) -> tuple[int, dict[str, float]]
     return int(step), metrics
 
 
-def server(paths: SweepPaths, spec: SweepSpec) -> Callable[[Channel], None]:
-    """What serves a command sweep's trials in a worker process."""
-    return lambda channel: Runner(paths, spec, channel).serve()
+def server(paths: SweepPaths, spec: SweepSpec, at_end: contextlib.ExitStack) -> Callable[[Channel], None]:
+    """What serves a command sweep's trials in a worker process; `at_end` removes what workers that were killed left."""
+    scratch = Path(tempfile.mkdtemp(prefix="orc-"))
+    at_end.callback(shutil.rmtree, scratch, ignore_errors=True)
+    spec = replace(spec, command=snapshot_first(spec.command or ()))
+    return lambda channel: Runner(paths, spec, channel, scratch).serve()

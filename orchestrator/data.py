@@ -54,11 +54,11 @@ def batches(
     """The samples in `order`, `batch_size` at a time, the last batch maybe smaller, on a device.
 
     Tensors are taken many batches at a time, which is several times faster than one at a time. Their batches are views
-    that don't overlap: of a copy with an `order`, of the data set itself without one.
+    of a copy that don't overlap, so a job may change them in place and leaves its data set as it is.
 
     Args:
         samples: see the module.
-        order: sample indices, shape (num,), int64; None for the first `num` in their own order, which needs no copy.
+        order: sample indices, shape (num,), int64; None for the first `num` in their own order.
         batch_size: samples a batch.
         num: how many samples there are.
         device: where the batches are to be.
@@ -80,16 +80,16 @@ def _cut(
     piece = batch_size * max(1, _PIECE_BYTES // (batch_size * sum(map(_sample_bytes, tensors)) or 1))
     for first in range(0, num, piece):
         last = min(first + piece, num)
-        taken = (_taken(part, order, first, last) for part in tensors)
-        moved = (part.to(device, non_blocking=True) for part in taken)
-        yield from zip(*(torch.split(part, batch_size) for part in moved), strict=True)
+        taken = (_taken(part, order, first, last, device) for part in tensors)
+        yield from zip(*(torch.split(part, batch_size) for part in taken), strict=True)
 
 
-def _taken(part: torch.Tensor, order: torch.Tensor | None, first: int, last: int) -> torch.Tensor:
+def _taken(part: torch.Tensor, order: torch.Tensor | None, first: int, last: int, device: torch.device) -> torch.Tensor:
     if order is None:
-        return part[first:last]
+        # A view would let the job change its own data set, for this trial and those after it.
+        return part[first:last].to(device, non_blocking=True, copy=True)
     # Five times as fast as part[order].
-    return part.index_select(0, order[first:last].to(part.device))
+    return part.index_select(0, order[first:last].to(part.device)).to(device, non_blocking=True)
 
 
 def _sample_bytes(part: torch.Tensor) -> int:

@@ -6,9 +6,10 @@
     fold.outcome(7)                    the kept record itself, read back from its file
 
 The join is idempotent, commutative and associative: per trial the greatest outcome under complete > diverged > pruned >
-failed, then the smallest sha256 of the canonical payload. So lines may come late, twice, in any order, and from writers
-that were thought dead, and the table is the same. A line that is not intact is read again by each update, since a
-network file system can show zeros where data will be; the lines after it count already.
+failed, then the smallest sha256 of the canonical payload without its model, then one with a model. So lines may come
+late, twice, in any order, and from writers that were thought dead, and the table is the same. A line that is not intact
+is read again by each update, since a network file system can show zeros where data will be; the lines after it count
+already.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import hashlib
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Container
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,8 @@ __all__ = ["Attempt", "Disagreement", "Fold"]
 _RANK = (Status.COMPLETE, Status.DIVERGED, Status.PRUNED, Status.FAILED)
 _NO_OUTCOME = len(_RANK)
 _RESULTS = {Status.COMPLETE, Status.DIVERGED}
+_ENDED_BY_SLURM = (Cause.PREEMPTED, Cause.CANCELLED, Cause.TIMEOUT, Cause.NOTICE)
+"""Notices after which a writer that falls silent was ended by Slurm, not by its trial."""
 _SKIPPED = (b'{"kind":"report"', b'{"kind":"beat"')
 
 
@@ -63,16 +66,28 @@ class _File:
     beyond: int = 0
     bad: int = 0
     writer: JsonObject = field(default_factory=dict)
-    notices: list[JsonObject] = field(default_factory=list)
-    open: dict[Attempt, None] = field(default_factory=dict)
+    notices: dict[int, JsonObject] = field(default_factory=dict)
+    open: dict[Attempt, int] = field(default_factory=dict)
 
-    def running(self, closed: Set[Attempt]) -> list[Attempt]:
+    @property
+    def name(self) -> str:
+        """The writer's id."""
+        return self.path.stem
+
+    @property
+    def job(self) -> tuple[Json, Json]:
+        """Submission and job, which all runs of a requeued job share."""
+        return self.writer.get("submission"), self.writer.get("job")
+
+    def running(self, closed: Container[Attempt]) -> list[Attempt]:
         """The starts without outcome or end that had begun: starts are written in the order in which they run.
 
         What is `closed` may have been so in another file, if its writer had to abandon this one.
         """
         slots = max(1, as_index(self.writer.get("slots")))
-        return list(islice((this for this in self.open if this not in closed), slots))
+        # Starts may become visible in another order than they were written in.
+        written = sorted(self.open, key=self.open.__getitem__)
+        return list(islice((this for this in written if this not in closed), slots))
 
 
 class Fold:
@@ -94,7 +109,10 @@ class Fold:
         self.values = array("d", [0.0]) * num_trials
         self._seconds = array("f", [0.0]) * num_trials
         self._next_attempt: dict[int, int] = {}
-        self._closed: set[Attempt] = set()
+        self._closed: dict[Attempt, bool] = {}
+        """Attempts with an outcome or an end, and whether they had begun."""
+        self._restarts: dict[tuple[Json, Json], int] = {}
+        self._continued: dict[str, str] = {}
         self._ends: dict[tuple[Attempt, int], Cause] = {}
         self._rivals: dict[int, set[tuple[int, int]]] = {}
 
@@ -136,18 +154,23 @@ class Fold:
     def _take_line(self, number: int, file: _File, offset: int, line: JsonObject) -> None:
         kind = line.get("kind")
         if kind == "writer":
-            file.writer = line
+            self._take_writer(file, line)
         elif kind == "notice":
-            if line not in file.notices:
-                file.notices.append(line)
+            file.notices[offset] = line
         elif 0 <= as_index(line.get("trial")) < self.num_trials:
             self._take_trial(number, file, offset, line)
+
+    def _take_writer(self, file: _File, line: JsonObject) -> None:
+        file.writer = line
+        self._restarts[file.job] = max(as_index(line.get("restarts")), self._restarts.get(file.job, 0))
+        if isinstance(before := line.get("continues"), str):
+            self._continued[before] = file.name
 
     def _take_trial(self, number: int, file: _File, offset: int, line: JsonObject) -> None:
         this = Attempt(as_index(line["trial"]), as_index(line.get("attempt")))
         kind = line["kind"]
         if kind == "start":
-            self._take_start(file, this)
+            self._take_start(file, this, offset)
             return
         if kind == "outcome":
             self._join(number, offset, this.trial, line)
@@ -157,12 +180,12 @@ class Fold:
             # Two live copies of a trial can number their attempts alike: each is charged.
             self._ends[this, number] = Cause(str(line["cause"]))
         file.open.pop(this, None)
-        self._closed.add(this)
+        self._closed[this] = self._closed.get(this, False) or kind == "outcome" or line.get("begun") is not False
 
-    def _take_start(self, file: _File, this: Attempt) -> None:
+    def _take_start(self, file: _File, this: Attempt, offset: int) -> None:
         self._next_attempt[this.trial] = max(this.attempt + 1, self._next_attempt.get(this.trial, 0))
         if this not in self._closed:
-            file.open[this] = None
+            file.open[this] = min(offset, file.open.get(this, offset))
 
     # The join
 
@@ -186,7 +209,7 @@ class Fold:
         self._rivals.setdefault(trial, {where}).add((number, offset))
         if rank != kept:
             return rank < kept
-        return _digest(line["payload"]) < _digest((self.outcome(trial) or {}).get("payload"))
+        return _order(line["payload"]) < _order((self.outcome(trial) or {}).get("payload"))
 
     def _host(self, number: int) -> str:
         return str(self._files[number].writer.get("host", "unknown host"))
@@ -237,58 +260,83 @@ class Fold:
         """The number that the next attempt at a trial gets: one more than any that was started."""
         return self._next_attempt.get(trial, 0)
 
-    def charges(self, trial: int, *, free: Callable[[JsonObject], bool] = lambda _: False) -> Counter[Cause]:
+    def charges(self, trial: int) -> Counter[Cause]:
         """How often attempts at a trial ended without an outcome, by cause.
 
-        An attempt that was running when its writer fell silent counts as unknown, unless `free` says of the writer's
-        line that its end was none of the trial's doing. An attempt that had not begun costs nothing.
+        An attempt that was running when its writer fell silent counts as unknown; but nothing if the writer's job is
+        seen to have been requeued, and as its notice if that was of a preemption, a cancel or the time limit.
+        An attempt that had not begun costs nothing. All this is read from records, so every reader counts alike.
         """
         found = Counter(cause for (this, _), cause in self._ends.items() if this.trial == trial)
-        lost = [this for file in self._files if not free(file.writer) for this in file.running(self._closed)]
-        found[Cause.UNKNOWN] += sum(this.trial == trial for this in lost)
+        for file in self._files:
+            lost = sum(this.trial == trial for this in file.running(self._closed))
+            if lost and not self._was_requeued(file):
+                found[_silenced_by(file)] += lost
         return found
 
-    def author(self, trial: int) -> JsonObject:
-        """The writer line of the file that the kept outcome of a trial is in; empty without an outcome."""
-        return self._files[self._where_file[trial]].writer if self._ranks[trial] != _NO_OUTCOME else {}
+    def _was_requeued(self, file: _File) -> bool:
+        """Whether a later run of the job of this file's writer is seen."""
+        return file.job[1] is not None and self._restarts.get(file.job, 0) > as_index(file.writer.get("restarts"))
 
-    def running(self) -> dict[int, JsonObject]:
-        """Trial -> writer line of a process that started it and neither finished nor gave up; it may be dead."""
-        return {
-            this.trial: file.writer
-            for file in self._files
-            for this in file.running(self._closed)
-            if self._ranks[this.trial] == _NO_OUTCOME
-        }
+    def authors(self, trial: int) -> list[JsonObject]:
+        """The writer lines of the files that hold an outcome of a trial, kept or not."""
+        if self._ranks[trial] == _NO_OUTCOME:
+            return []
+        kept = self._where_file[trial], self._where_offset[trial]
+        return [self._files[number].writer for number, _ in sorted(self._rivals.get(trial, {kept}))]
+
+    def latest(self, writer: str) -> str:
+        """The id of the file in which the process of `writer` goes on, if it had to abandon that one."""
+        while (after := self._continued.get(writer)) is not None:
+            writer = after
+        return writer
+
+    def running(self) -> dict[int, list[JsonObject]]:
+        """Trial -> writer lines of the processes that started it and neither finished nor gave up; each may be dead."""
+        found: dict[int, list[JsonObject]] = {}
+        for file in sorted(self._files, key=lambda file: file.name):
+            for this in file.running(self._closed):
+                if self._ranks[this.trial] == _NO_OUTCOME:
+                    found.setdefault(this.trial, []).append(file.writer)
+        return found
 
     def retries(self) -> Counter[Cause]:
         """How often any attempt ended without an outcome, by cause."""
         return Counter(self._ends.values())
 
     def attempts(self, trial: int) -> int:
-        """How often a trial was started; at least 1 once it has an outcome."""
-        return max(self._next_attempt.get(trial, 0), int(self._ranks[trial] != _NO_OUTCOME))
+        """How often a trial was begun; at least 1 once it has an outcome."""
+        started = [Attempt(trial, number) for number in range(self.next_attempt(trial))]
+        unended = {this for this in started if this not in self._closed}
+        if unended:
+            unended.intersection_update(this for file in self._files for this in file.running(self._closed))
+        begun = sum(self._closed.get(this, False) for this in started) + len(unended)
+        return max(begun, int(self._ranks[trial] != _NO_OUTCOME))
 
     @property
     def disagreements(self) -> list[Disagreement]:
         """Trials with outcomes that contradict the kept one, in order.
 
-        Two payloads of one status contradict each other, and so do complete and diverged. A failed trial that completed
-        when it was tried again is no contradiction.
+        Two payloads of one status contradict each other, and so do complete and diverged. No contradiction is a failed
+        trial that completed when it was tried again or failed in other words, nor a model that only one has: which
+        worker keeps one depends on what else it ran.
         """
         found = (self._disagreement(trial) for trial in sorted(self._rivals))
         return [disagreement for disagreement in found if disagreement is not None]
 
     def _disagreement(self, trial: int) -> Disagreement | None:
-        comparable = _RESULTS if self.status(trial) in _RESULTS else {self.status(trial)}
-        found: list[tuple[int, bytes, str]] = []
+        status = self.status(trial)
+        if status is Status.FAILED:
+            return None
+        comparable = _RESULTS if status in _RESULTS else {status}
+        found: list[tuple[int, tuple[bytes, str], str]] = []
         for number, offset in self._rivals[trial]:
             line = self._record(number, offset)
             status = Status(str(line["status"]))
             if status in comparable:
-                found.append((_RANK.index(status), _digest(line["payload"]), self._host(number)))
+                found.append((_RANK.index(status), _order(line["payload"]), self._host(number)))
         kept, *others = sorted(found)
-        host = next((host for rank, digest, host in others if (rank, digest) != kept[:2]), None)
+        host = next((one[2] for one in others if _differ(kept, one)), None)
         return None if host is None else Disagreement(trial, (min(kept[2], host), max(kept[2], host)))
 
     @property
@@ -308,12 +356,32 @@ class Fold:
 
     def writers(self) -> dict[str, JsonObject]:
         """Writer id -> the first line of its file."""
-        return {file.path.stem: file.writer for file in self._files}
+        return {file.name: file.writer for file in self._files}
 
     def notices(self) -> list[tuple[JsonObject, JsonObject]]:
         """(writer line, notice) of every notice."""
-        return [(file.writer, line) for file in self._files for line in file.notices]
+        return [(file.writer, line) for file in self._files for line in file.notices.values()]
 
 
-def _digest(payload: Json) -> bytes:
-    return hashlib.sha256(store.canonical(payload)).digest()
+def _silenced_by(file: _File) -> Cause:
+    """What ended a writer that fell silent: its last notice to leave; one to go on takes none of these back."""
+    told = (str(file.notices[offset].get("action")).partition(":")[0] for offset in sorted(file.notices, reverse=True))
+    return next((Cause(cause) for cause in told if cause in _ENDED_BY_SLURM), Cause.UNKNOWN)
+
+
+def _order(payload: Json) -> tuple[bytes, str]:
+    """Sorts payloads of one status: by what was measured; of equal ones, those without a model come last."""
+    fields = payload if isinstance(payload, dict) else {"payload": payload}
+    measured: JsonObject = {name: value for name, value in fields.items() if name != "model"}
+    model = fields.get("model")
+    return hashlib.sha256(store.canonical(measured)).digest(), model if isinstance(model, str) else _NO_MODEL
+
+
+_NO_MODEL = "~"  # after every hexadecimal digit
+
+
+def _differ(one: tuple[int, tuple[bytes, str], str], other: tuple[int, tuple[bytes, str], str]) -> bool:
+    """Whether two outcomes, by rank, order and host, contradict each other."""
+    (measured, model), (its_measured, its_model) = one[1], other[1]
+    models_differ = _NO_MODEL not in (model, its_model) and model != its_model
+    return one[0] != other[0] or measured != its_measured or models_differ

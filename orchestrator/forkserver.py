@@ -19,12 +19,14 @@ import contextlib
 import ctypes
 import gc
 import os
+import resource
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from orchestrator.channel import Channel
 from orchestrator.paths import SweepPaths
@@ -72,13 +74,16 @@ def print_to(log: str | None) -> None:
         os.close(handle)
 
 
-def load(paths: SweepPaths) -> Serve:
-    """Import all that trials of this sweep need; returns the function that serves them in a worker."""
+def load(paths: SweepPaths, at_end: contextlib.ExitStack) -> Serve:
+    """Import all that trials of this sweep need; returns the function that serves them in a worker.
+
+    What must be tidied up once the last worker has ended is left to `at_end`.
+    """
     spec = PlanFile.open(paths.plan).spec
     if spec.command is not None:
         from orchestrator import command
 
-        return command.server(paths, spec)
+        return command.server(paths, spec, at_end)
     from orchestrator import worker
 
     return worker.server(paths, spec)
@@ -155,10 +160,46 @@ class ForkServer:
             while os.read(self._wake_read, 4096):
                 pass
         while self._slots and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            # Before its number is free for others: what it started and left behind, such as data loaders.
-            end_group(ended.si_pid)
+            slot = self._slots.pop(ended.si_pid, None)
+            if slot is not None:
+                # Before its number is free for others: what it started and left behind, such as data loaders.
+                end_group(ended.si_pid)
             _, status = os.waitpid(ended.si_pid, 0)
-            self._channel.send({"exited": self._slots.pop(ended.si_pid), "status": status})
+            if slot is not None:  # else the program started it when it was imported
+                self._channel.send({"exited": slot, "status": status})
+
+
+def _stay_as_guardian(fd: int) -> None:
+    """Fork; the child goes on as the worker, this process stays to end all that it started if the supervisor dies.
+
+    A worker that is killed along with its supervisor could not. The two lead one group: this process its head, so that
+    its number and its end are the worker's to the supervisor.
+    """
+    supervisor, guardian = os.pidfd_open(os.getppid()), os.getpid()
+    worker = os.fork()
+    if worker == 0:
+        os.close(supervisor)
+        die_with_parent(guardian)
+        return
+    os.close(fd)
+    signal.signal(signal.SIGUSR1, lambda number, _: os.kill(worker, number))
+    live_without_parent()
+    handle = os.pidfd_open(worker)
+    ready, _, _ = select.select([supervisor, handle], [], [])
+    if supervisor in ready:
+        os.killpg(0, signal.SIGKILL)
+    _end_as(os.waitpid(worker, 0)[1])
+
+
+def _end_as(status: int) -> NoReturn:
+    """End with the wait status of another process."""
+    if os.WIFSIGNALED(status):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        number = os.WTERMSIG(status)
+        with contextlib.suppress(OSError):  # KILL has no handler
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -174,10 +215,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     die_with_parent(os.getppid())
     print_to(options.log)
+    if options.fresh:
+        _stay_as_guardian(options.fd)
     channel = Channel.from_fd(options.fd)
+    at_end = contextlib.ExitStack()
     gc.disable()  # hardly anything that is imported becomes garbage, and looking for it takes a tenth of the time
     try:
-        serve = load(SweepPaths(options.dir))
+        serve = load(SweepPaths(options.dir), at_end)
     except BaseException as error:
         traceback.print_exc()
         channel.send({"broken": f"{type(error).__name__}: {error}"})
@@ -185,12 +229,14 @@ def main(arguments: list[str] | None = None) -> None:
     gc.freeze()  # workers neither look through it nor, by that, copy the pages that they share
     gc.enable()
     if options.fresh:
-        serve(channel)
+        with at_end:
+            serve(channel)
         return
     can_fork = forkable()
     channel.send({"ready": True, "fork": can_fork})
-    if can_fork:
-        ForkServer(channel, serve).run()
+    with at_end:
+        if can_fork:
+            ForkServer(channel, serve).run()
     # Taking torch apart in good order would take half a second, for which the sweep's end would wait.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -65,7 +65,7 @@ def read(path: Path, overrides: list[str], *, runs: Path) -> Intake:
     spec = sweepfile.read(path, overrides)
     base = path.absolute().parent
     file = _program_file(spec, base)
-    snapshot = code.survey(file, base, exclude=[runs.absolute(), path.absolute()])
+    snapshot = code.survey(file, base, exclude=[runs.absolute(), path.absolute()], command=spec.command or ())
     if spec.command is None and spec.program is not None:
         signatures.check(spec.program, spec.parameters.keys(), base)
     if file is not None and spec.program is not None:

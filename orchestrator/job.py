@@ -1,6 +1,7 @@
 """A user's job: how its file becomes a module, and whether it can.
 
 load_job(code, "train.py")                       imported from a folder that comes first on sys.path
+load_job(code, "train.py", lineage)              with all else that it imports and the snapshot has
 check(code, "train.py", timeout_s=60)            the same in a process of its own, with a time limit
 
 python -P -m orchestrator.job --code DIR --program PROGRAM       what `check` starts
@@ -16,16 +17,19 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec as Spec
 from pathlib import Path
 from types import ModuleType
 
+from orchestrator.code import Lineage
 from orchestrator.errors import ProgramError
 
 __all__ = ["Job", "check", "load_job", "preload"]
 
 _SHOWN_LINES = 20
+_OURS = "orchestrator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +46,52 @@ class Job:
         return found if callable(found) else None
 
 
-def load_job(code: Path, program: str) -> Job:
+class FromSnapshot:
+    """Finds modules of the original tree in the snapshot, however they came to be found: an editable install, say.
+
+    What the snapshot lacks, such as a compiled module that git ignores, is taken from where it is.
+
+    Args:
+        lineage: the snapshot.
+    """
+
+    def __init__(self, lineage: Lineage) -> None:
+        self._lineage = lineage
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Spec | None:
+        """As the import system asks."""
+        if name.partition(".")[0] == _OURS:
+            return None  # it runs already, and not from the snapshot
+        others = (finder for finder in sys.meta_path if not isinstance(finder, FromSnapshot))
+        asked = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((found for found in asked if found is not None), None)
+        twin = self._lineage.twin(spec.origin) if spec is not None and spec.origin and spec.has_location else None
+        if spec is None or twin is None:
+            return spec
+        folders = spec.submodule_search_locations
+        inside = None if folders is None else [str(twin.parent), *folders]
+        return importlib.util.spec_from_file_location(name, twin, submodule_search_locations=inside)
+
+
+def load_job(code: Path, program: str, lineage: Lineage | None = None) -> Job:
     """Import a job from a code snapshot, which comes first on `sys.path`.
 
     Args:
         code: the snapshot's folder.
         program: `file.py`, `file.py:function` or `package.module:function`; files relative to `code`.
+        lineage: where the snapshot came from; what would be imported from there is imported from the snapshot, now and
+            later.
 
     Raises:
         Exception: whatever importing it raises; AttributeError when it has no such function.
     """
     sys.dont_write_bytecode = True  # the snapshot is read-only, and root would write into it all the same
+    if lineage is not None and lineage.root is not None:
+        # After the original, which `FromSnapshot` looks up: only what is gone from there is found here.
+        sys.path[:] = [found for entry in sys.path for found in (entry, *map(str, lineage.twins([entry])))]
+        # In the place of an earlier one: who loads models of several sweeps loads them one after the other.
+        others = [finder for finder in sys.meta_path if not isinstance(finder, FromSnapshot)]
+        sys.meta_path[:] = [FromSnapshot(lineage), *others]
     target, _, function = program.partition(":")
     if target.endswith(".py"):
         module = _import_file(code, code / target)

@@ -1,6 +1,6 @@
 """Records: what one process start saw, one line at a time, in a file of its own.
 
-    writer    who writes: submission, job, host, versions; always the first line
+    writer    who writes: submission, job, host, versions, and the file that this one continues; always the first line
     start     an attempt at a trial; durable before the user's code runs
     report    metrics at a step
     outcome   complete, diverged, pruned or failed, with the payload that counts
@@ -48,6 +48,8 @@ class Cause(enum.StrEnum):
     TIMEOUT = "timeout"
     PREEMPTED = "preempted"
     CANCELLED = "cancelled"
+    NOTICE = "notice"
+    """A notice whose reason Slurm didn't tell: none of the trial's doing."""
     NODE_FAILURE = "node failure"
     UNKNOWN = "unknown"
 
@@ -119,14 +121,20 @@ class RecordWriter:
         self._beat_s = beat_s
         self._clock = clock
         self._dirty_since: float | None = None
-        self._open()
-
-    def _open(self) -> None:
-        self.writer = os.urandom(16).hex()
-        self._file = AppendFile(self._paths.record(self.writer))
-        self._file.append({"kind": "writer", "writer": self.writer, **self._identity})
-        self._file.sync()
+        self.writer, self._file = self._open({})
         self._last_line = self._clock()
+
+    def _open(self, continues: JsonObject) -> tuple[str, AppendFile]:
+        writer = os.urandom(16).hex()
+        file = AppendFile(self._paths.record(writer))
+        try:
+            file.append({"kind": "writer", "writer": writer, **continues, **self._identity})
+            file.sync()
+        except OrcError:
+            with contextlib.suppress(OrcError):
+                file.close()
+            raise
+        return writer, file
 
     def append(self, *lines: JsonObject, durable: bool = False) -> None:
         """Write lines; with `durable`, return once they are on the disk."""
@@ -136,12 +144,13 @@ class RecordWriter:
             self._append(lines, durable)
         except OrcError:
             self._abandon()
-            self._open()
+            # Claims and starts name the old file, so the new one says whose they are now.
+            self.writer, self._file = self._open({"continues": self.writer})
             self._append(lines, durable)
 
     def _abandon(self) -> None:
         # Its earlier lines stay good, and should reach the disk like any other.
-        with contextlib.suppress(OrcError, OSError):
+        with contextlib.suppress(OrcError):
             self._file.close()
 
     def _append(self, lines: tuple[JsonObject, ...], durable: bool) -> None:

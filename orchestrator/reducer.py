@@ -5,12 +5,13 @@
 It trusts records, never the state of jobs. With trials missing it looks again until `visibility_s` has passed, since a
 network file system can show a file a minute late; then it writes what there is, `missing` above 0, and exits 4. Running
 it again, or twice at once, gives the same bytes: after the rename it looks again and repeats if more has become
-visible.
+visible. With nothing of the sweep alive it clears away the temporary files that killed writers left.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -25,10 +26,13 @@ from orchestrator.records import Status
 from orchestrator.store import Json, JsonObject
 from orchestrator.summary import Summary
 
-__all__ = ["main", "reduce", "summarize", "summary_json"]
+__all__ = ["is_reduced", "main", "reduce", "summarize", "summary_json"]
 
 SCHEMA = 1
 _LOOK_S = 1.0
+_REPEATS = 10
+_OLD_S = 60.0
+"""Age of a temporary file beside the summary at which nobody is still writing it, by the file system's clock."""
 
 
 def summarize(fold: Fold, top: int) -> Summary:
@@ -95,12 +99,49 @@ def reduce(
     fold = Fold(paths, plan.num_trials)
     patience = plan.spec.reduce.visibility_s if wait_s is None else wait_s
     _await_records(fold, clock() + patience, sleep, clock)
-    while True:
-        store.write(paths.summary, store.canonical(summary_json(plan, fold)) + b"\n")
-        if not fold.update():
-            break
+    _write(paths, plan, fold)
     models.prune(paths, fold, plan.spec.metric, plan.spec.reduce.top, alone=alone and not fold.num_missing)
+    if alone:
+        _clear_away(paths)
     return TrialsFailed.exit_code if fold.num_missing or fold.count(Status.FAILED) else 0
+
+
+def is_reduced(paths: SweepPaths, plan: PlanFile, fold: Fold) -> bool:
+    """Whether `summary.json` is there and says what the records say now."""
+    try:
+        return paths.summary.read_bytes() == _summary_bytes(plan, fold)
+    except FileNotFoundError:
+        return False
+
+
+def _summary_bytes(plan: PlanFile, fold: Fold) -> bytes:
+    return store.canonical(summary_json(plan, fold)) + b"\n"
+
+
+def _write(paths: SweepPaths, plan: PlanFile, fold: Fold) -> None:
+    """Write the summary until nothing that has become visible meanwhile changes it.
+
+    Beside busy workers that may never be, so it ends after `_REPEATS`: whoever finishes their work reduces, too.
+    """
+    data = _summary_bytes(plan, fold)
+    for _ in range(_REPEATS):
+        store.write(paths.summary, data)
+        if not fold.update():
+            return
+        data, before = _summary_bytes(plan, fold), data
+        if data == before:
+            return
+
+
+def _clear_away(paths: SweepPaths) -> None:
+    """Remove what killed writers left; beside the summary only what is old, as another reducer may be at work."""
+    old = paths.summary.stat().st_mtime - _OLD_S
+    for path in store.temporaries(paths.root):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and path.stat().st_mtime < old:
+                path.unlink()
+    for path in (*store.temporaries(paths.models), *store.temporaries(paths.claims)):
+        path.unlink(missing_ok=True)
 
 
 def _await_records(fold: Fold, until: float, sleep: Callable[[float], None], clock: Callable[[], float]) -> None:

@@ -6,7 +6,12 @@
     RUNNING, no PreemptTime, end far               a signal by hand   go on
     COMPLETING, Restarts above ours                requeued already   leave
     COMPLETING, Restarts as ours                   cancelled          leave, and never requeue
-    no answer, or no tool                          unknown            go on until it comes, and never requeue
+    no answer, no tool, or of another's job        no reason known    finish what runs, start nothing, ask again
+
+A later notice can only make this stricter, in the order: go on, finish, requeue, leave. So a cancel while a preempted
+job finishes takes its requeue back, and just before a requeue Slurm is asked once more. A requeue counts only when
+Slurm says so; until then, and while no reason is known, a worker that has finished stays for a while, since a job that
+is killed by a preemption is requeued by Slurm, but one that has left is not.
 
 Requeueing after a cancel would bring a cancelled job back to life, so in doubt there is none: records decide what is
 left to do, and `orc resume` finishes it. Preemption is not left early: on Slurm before 24.05 a job that exits inside
@@ -31,9 +36,10 @@ _EARLY_S = 65
 
 
 class Action(enum.StrEnum):
-    """What a supervisor does after a notice."""
+    """What a supervisor does after a notice; a later one replaces an earlier one."""
 
     GO_ON = "go on"
+    FINISH = "finish what runs, start nothing"
     REQUEUE = "finish or stop, then requeue"
     LEAVE = "leave"
 
@@ -77,6 +83,11 @@ class Decision:
     cause: Cause
     action: Action
 
+    def replaces(self, before: Decision | None) -> bool:
+        """Whether this one, of a later notice, holds instead of `before`; to go on is no decision."""
+        order = list(Action)
+        return order.index(self.action) > order.index(before.action if before else Action.GO_ON)
+
 
 def decide(situation: Situation | None, *, own_restarts: int, notice_s: float) -> Decision:
     """The table of this module.
@@ -87,7 +98,7 @@ def decide(situation: Situation | None, *, own_restarts: int, notice_s: float) -
         notice_s: how long before the time limit the notice was asked for, in seconds.
     """
     if situation is None or situation.state not in _ALIVE + _ENDING + _AGAIN:
-        return Decision(Cause.UNKNOWN, Action.GO_ON)
+        return Decision(Cause.NOTICE, Action.FINISH)
     if situation.state in _ALIVE:
         return _running(situation, notice_s)
     if situation.restarts > own_restarts or situation.state in _AGAIN:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import ledger, local, show, submit
-from orchestrator.errors import OrcError, Preempted, ProgramError, SlurmUnreachable, UsageError
+from orchestrator import ledger, local, reducer, show, submit
+from orchestrator.errors import FolderError, OrcError, Preempted, ProgramError, SlurmUnreachable, UsageError
+from orchestrator.paths import SweepPaths
+from orchestrator.plan import PlanFile
 from orchestrator.records import Status
 from orchestrator.sweep import Sweep
 from orchestrator.watch import watch
@@ -18,14 +21,16 @@ from orchestrator.watch import watch
 if TYPE_CHECKING:
     from orchestrator.intake import Intake
     from orchestrator.store import Json
-    from orchestrator.submit import Receipt
+    from orchestrator.submit import Live, Receipt
 
-__all__ = ["follow", "hand_over", "resume", "run"]
+__all__ = ["follow", "hand_over", "other_code", "resume", "run"]
 
 _STOP_S = 30.0
 _ASK_S = 15.0
 """How often the jobs of a watched sweep are asked for, in seconds."""
 _SHOWN_BYTES = 4000
+_SHOWN_CHANGES = 8
+_LOOK_S = 1.0
 
 
 def run(taken: Intake, runs: Path, *, workers: int | None) -> Sweep:
@@ -37,9 +42,11 @@ def run(taken: Intake, runs: Path, *, workers: int | None) -> Sweep:
         OrcError: the workers could not do their work; carries what they said last.
     """
     is_new = not (runs / taken.plan.id).exists()
+    _warn_of_other_code(taken, runs, is_new=is_new)
     sweep = Sweep(taken.store(runs))
     process = _process(sweep, taken, workers)
     if process is None:
+        _reduce(sweep)
         return sweep
     ended = sweep.plan.num_trials - sweep.fold.num_missing
     already = f", {ended:,} of them done already" if ended else ""
@@ -52,7 +59,45 @@ def run(taken: Intake, runs: Path, *, workers: int | None) -> Sweep:
         text = f"{sweep.id}: stopped; the same command goes on, `orc best {sweep.id}` shows what there is"
         raise Preempted(text) from None
     _check_end(sweep, taken, is_new=is_new)
+    _reduce(sweep)
     return sweep
+
+
+def _reduce(sweep: Sweep) -> None:
+    """With no trial missing, see to it that `summary.json` says what the records say."""
+    if sweep.fold.num_missing or reducer.is_reduced(sweep.paths, sweep.plan, sweep.fold):
+        return
+    try:
+        alone = not submit.live(sweep.paths)
+    except SlurmUnreachable:
+        alone = False
+    reducer.reduce(sweep.paths, wait_s=0.0, alone=alone)
+
+
+def other_code(taken: Intake, runs: Path) -> tuple[str, list[str]] | None:
+    """The newest sweep that differs from this one in code only: its id, and a line for each file that differs."""
+    from orchestrator.code import Manifest
+
+    plans = [path for path in runs.glob(f"{taken.plan.spec.name}-*/plan.jsonl") if path.parent.name != taken.plan.id]
+    for path in sorted(plans, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        with suppress(FolderError):
+            if PlanFile.open(path).spec.identity() == taken.plan.spec.identity():
+                changes = Manifest.read(SweepPaths(path.parent).code).changes(taken.snapshot.manifest)
+                return path.parent.name, changes
+    return None
+
+
+def _warn_of_other_code(taken: Intake, runs: Path, *, is_new: bool) -> None:
+    """Whoever meant to go on with an earlier sweep must learn that this is another one, and why."""
+    if not is_new or (found := other_code(taken, runs)) is None:
+        return
+    before, changes = found
+    more = len(changes) - _SHOWN_CHANGES
+    named = [*changes[:_SHOWN_CHANGES], *([f"{more:,} more"] if more > 0 else [])]
+    _say(
+        f"{taken.plan.id}: a new sweep, which begins with its first trial: the sweep file is that of {before}, but the "
+        f"code differs: {', '.join(named)}"
+    )
 
 
 def _say(text: str) -> None:
@@ -61,19 +106,74 @@ def _say(text: str) -> None:
 
 def _process(sweep: Sweep, taken: Intake, workers: int | None) -> local.Process | None:
     """The process that works on the sweep: one that is there already, or a new one; None when nothing is left to do."""
-    if not sweep.fold.num_missing and sweep.paths.summary.exists():
+    if not sweep.fold.num_missing:
         return None
     if ledger.current(sweep.paths) is None:
         receipt = submit.submit(sweep.paths, taken.plan, on="local", workers=workers)
     else:
-        receipt = submit.resubmit(sweep.paths, sweep.plan, missing=sweep.fold.num_missing, on="local", workers=workers)
-    others = [one for one in receipt.alive if one.process is None]
-    if others:
-        raise UsageError(f"{sweep.id}: jobs of it are on Slurm ({others[0].job}); `orc status`, or `orc cancel` first")
+        receipt = _resubmit(sweep, missing=sweep.fold.num_missing, on="local", workers=workers)
+    for one in receipt.alive:
+        if one.process is None:
+            raise UsageError(f"{sweep.id}: jobs of it are on Slurm ({one.job}); `orc status`, or `orc cancel` first")
+        if one.is_elsewhere:
+            raise UsageError(
+                f"{sweep.id}: process {one.job} on {one.reason} works on it; watch it there, or see `orc status`"
+            )
     if receipt.alive:
         return receipt.alive[0].process
     assert receipt.submission is not None
     return receipt.submission.parts[0].process
+
+
+def _resubmit(
+    sweep: Sweep,
+    *,
+    missing: int,
+    on: ledger.On | None,
+    workers: int | None,
+    settings: dict[str, Json] | None = None,
+    retry_failed: bool = False,
+    force: bool = False,
+) -> Receipt:
+    """As `submit.resubmit`; where only processes of other machines keep it from beginning, find out if they live."""
+
+    def hand_over(*, force: bool) -> Receipt:
+        return submit.resubmit(
+            sweep.paths,
+            sweep.plan,
+            missing=missing,
+            on=on,
+            workers=workers,
+            settings=settings,
+            retry_failed=retry_failed,
+            force=force,
+        )
+
+    receipt = hand_over(force=force)
+    if not receipt.alive or not all(one.is_elsewhere for one in receipt.alive):
+        return receipt
+    return hand_over(force=True) if _is_silent(sweep, receipt.alive) else receipt
+
+
+def _is_silent(sweep: Sweep, others: Sequence[Live]) -> bool:
+    """Whether processes that can't be seen from here write nothing for a whole lease, by our own clock."""
+    lease_s = sweep.plan.spec.launch.lease_s
+    where = ", ".join(f"process {one.job} on {one.reason}" for one in others)
+    _say(f"{sweep.id}: {where} may still be at work; waiting {lease_s:g} s for a word of it (--force doesn't wait)")
+    tokens = {one.token for one in others}
+    before, began = _written(sweep, tokens), time.monotonic()
+    while time.monotonic() - began < lease_s:
+        time.sleep(min(_LOOK_S, lease_s / 4))
+        if _written(sweep, tokens) != before:
+            return False
+    return True
+
+
+def _written(sweep: Sweep, tokens: set[str]) -> dict[str, int]:
+    """The sizes of the record files of some submissions."""
+    writers = sweep.refresh().fold.writers()
+    mine = [name for name, writer in writers.items() if writer.get("submission") in tokens]
+    return {name: sweep.paths.record(name).stat().st_size for name in mine}
 
 
 def _check_end(sweep: Sweep, taken: Intake, *, is_new: bool) -> None:
@@ -108,6 +208,7 @@ def hand_over(taken: Intake, runs: Path, *, on: ledger.On, workers: int | None) 
         FolderError, SbatchRejected, SlurmUnreachable: as for submitting.
     """
     is_new = not (runs / taken.plan.id).exists()
+    _warn_of_other_code(taken, runs, is_new=is_new)
     if is_new:
         taken.check_program()
     paths = taken.store(runs)
@@ -129,6 +230,7 @@ def follow(sweep: Sweep) -> None:
     """
     try:
         watch(sweep, _is_over(sweep))
+        _reduce(sweep)
     except KeyboardInterrupt:
         text = f"{sweep.id}: no longer watched, but it goes on; `orc status {sweep.id}`, or `orc cancel {sweep.id}`"
         raise Preempted(text) from None
@@ -154,9 +256,9 @@ def _is_over(sweep: Sweep) -> Callable[[], bool]:
 
 
 def resume(
-    sweep: Sweep, *, failed: bool, settings: list[str], on: ledger.On | None, workers: int | None
+    sweep: Sweep, *, failed: bool, settings: list[str], on: ledger.On | None, workers: int | None, force: bool = False
 ) -> Receipt | None:
-    """Submit what is missing; None when nothing is.
+    """Submit what is missing; None when nothing is, and then `summary.json` is up to date.
 
     Args:
         sweep: up to date.
@@ -164,22 +266,25 @@ def resume(
         settings: `slurm.key=value` arguments; they can't change results.
         on: `slurm` or `local`; None as before.
         workers: at most; None for as many as it takes.
+        force: although something of it is alive, or may be.
 
     Raises:
         UsageError: a setting that could change results, or none of sbatch's.
         SlurmUnreachable, SbatchRejected: as for submitting.
     """
     missing = sweep.fold.num_missing + (sweep.fold.count(Status.FAILED) if failed else 0)
-    if not missing and sweep.paths.summary.exists():
+    others = _settings(settings)
+    if not missing:
+        _reduce(sweep)
         return None
-    return submit.resubmit(
-        sweep.paths,
-        sweep.plan,
+    return _resubmit(
+        sweep,
         missing=missing,
         on=on,
         workers=workers,
-        settings=_settings(settings),
+        settings=others,
         retry_failed=failed,
+        force=force,
     )
 
 

@@ -160,6 +160,8 @@ def _jobs(sweep: Sweep, found: Standing) -> list[str]:
     undone = found.trials["waiting"] + found.trials["running"] + found.trials["cancelled"]
     if undone and not found.jobs:
         lines.append(f"  nothing of it is running; `orc resume {sweep.id}` goes on")
+    elif undone and all(one.state == "elsewhere" for one in found.jobs):
+        lines.append(f"  whether it still runs can't be seen from here; `orc resume {sweep.id}` finds out")
     return lines
 
 

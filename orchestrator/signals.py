@@ -7,9 +7,17 @@ import os
 import signal
 from types import FrameType
 
-__all__ = ["Signals"]
+__all__ = ["Signals", "name_of"]
 
 _NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+def name_of(number: int) -> str:
+    """Such as SIGTERM; `signal 40` for one that has no name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 class Signals:

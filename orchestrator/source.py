@@ -112,20 +112,15 @@ class Source:
         self._fold.update()
         newest = self._claims.newest()
         for block in self._blocks:
-            ready = [self._ready(trial) for trial in block.trials if self._is_due(trial)]
+            due = [trial for trial in block.trials if self._is_due(trial)]
             epoch = newest.get((block.first, block.last), -1)
-            if (
-                ready
-                and block not in self._mine
-                and self._may_take(block, epoch)
-                and self._claims.take(block, epoch + 1)
-            ):
+            if due and block not in self._mine and self._may_take(block, epoch) and self._claims.take(block, epoch + 1):
                 self._mine.add(block)
-                return ready
+                return [self._ready(trial) for trial in due]
         return []
 
     def _may_take(self, block: Block, epoch: int) -> bool:
-        holder = self._claims.holder(block, epoch)
+        holder = self._fold.latest(self._claims.holder(block, epoch))
         if self._succession.is_gone(self._fold.writers().get(holder, {})):
             return True
         return self._growth.silent(holder)
@@ -134,10 +129,11 @@ class Source:
         status = self._fold.status(trial)
         if status is not Status.FAILED or not self._succession.retry_failed:
             return status is None
-        return self._fold.author(trial).get("submission") in self._succession.superseded
+        # One that has failed under us as well was tried again already, whichever of the outcomes is the kept one.
+        return all(writer.get("submission") in self._succession.superseded for writer in self._fold.authors(trial))
 
     def _ready(self, trial: int) -> Ready:
-        charges = self._fold.charges(trial, free=self._succession.was_requeued)
+        charges = self._fold.charges(trial)
         if self._succession.retry_failed:
             charges.clear()
         return Ready(trial, self._fold.next_attempt(trial), charges)

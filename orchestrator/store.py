@@ -29,6 +29,7 @@ __all__ = [
     "intact",
     "lines",
     "sync_folder",
+    "temporaries",
     "unchecked",
     "write",
     "write_lines",
@@ -38,6 +39,7 @@ Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json
 JsonObject: TypeAlias = "dict[str, Json]"
 
 _CRC = b',"crc":'
+_TEMPORARY_DIGITS = 12
 
 
 def canonical(value: Json) -> bytes:
@@ -77,6 +79,10 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.urandom(_TEMPORARY_DIGITS // 2).hex()}")
+
+
 def _write_all(handle: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
@@ -99,7 +105,7 @@ def write_lines(path: Path, pieces: Iterable[bytes], *, mode: int = 0o600) -> No
     Raises:
         OrcError: as `write`. Whatever `pieces` raises leaves nothing behind, too.
     """
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+    temporary = _temporary(path)
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(handle, "wb", buffering=2**20) as file:
@@ -115,12 +121,22 @@ def write_lines(path: Path, pieces: Iterable[bytes], *, mode: int = 0o600) -> No
             temporary.unlink()
 
 
+def temporaries(folder: Path) -> list[Path]:
+    """What calls of `write` and `create` that are under way, or were killed, have in `folder`."""
+    return [path for path in folder.glob(".*.*") if _is_temporary(path.name)]
+
+
+def _is_temporary(name: str) -> bool:
+    end = name.rpartition(".")[2]
+    return len(end) == _TEMPORARY_DIGITS and set(end) <= set("0123456789abcdef")
+
+
 def create(path: Path, data: bytes, *, mode: int = 0o600) -> bool:
     """Create `path` with `data`, exclusively and whole: no reader sees it half written. False if it exists already.
 
     A link, not O_EXCL, makes it appear together with its content, so whoever finds it can tell whose it is.
     """
-    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}")
+    temporary = _temporary(path)
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
@@ -205,9 +221,15 @@ class AppendFile:
         self._unsynced = False
 
     def close(self) -> None:
-        """Make durable and close."""
-        self.sync()
-        os.close(self._handle)
+        """Make durable and close; closing again does nothing."""
+        if self._handle < 0:
+            return
+        try:
+            self.sync()
+        finally:
+            # The number may soon be another file's, so it is forgotten.
+            handle, self._handle = self._handle, -1
+            os.close(handle)
 
 
 def lines(path: Path, start: int = 0, *, torn: bool = False) -> Iterator[tuple[int, bytes]]:

@@ -75,6 +75,11 @@ class Live:
     cluster: str | None = None
     process: local.Process | None = None
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is a process of a machine that can't be seen from here, so that nobody knows if it lives."""
+        return self.process is not None and self.state == "elsewhere"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
@@ -402,7 +407,9 @@ def _processes(submission: Submission) -> Iterator[Live]:
 
 
 def cancel(paths: SweepPaths, *, grace_s: float = 30.0, patience: slurm.Patience = slurm.PATIENCE) -> list[Live]:
-    """End every submission of the sweep, for good until `resubmit`; returns what was alive and was told to end.
+    """End every submission of the sweep, for good until `resubmit`; returns what was alive.
+
+    All of it was told to end but for processes of other machines (`Live.is_elsewhere`), which see the mark themselves.
 
     The durable mark comes first, so that no worker requeues itself after its job was cancelled.
 
@@ -457,7 +464,7 @@ def resubmit(
         settings: sbatch options over those of the plan, by long name.
         retry_failed: whether workers try failed trials again.
         force: begin although something is alive, such as a process of a machine that is no more; harmless, since a
-            trial that runs twice counts once.
+            trial that runs twice counts once. What processes of other machines had claimed is taken over at once.
         patience: with Slurm.
 
     Returns:
@@ -478,7 +485,7 @@ def resubmit(
             # Renewed, so that a mark that nobody can read doesn't end the new epoch as well.
             _mark_cancelled(paths)
         where = on or (before[-1].on if before else "slurm")
-        living = {job.token for job in alive}
+        living = {job.token for job in alive if not job.is_elsewhere}
         submission = _submission(
             where,
             _parts(plan, where, workers, missing, patience),

@@ -9,17 +9,18 @@ attempt is charged to its cause, and the trial is tried again or, with its budge
 
 from __future__ import annotations
 
-from orchestrator.signals import Signals
+from orchestrator.signals import Signals, name_of
 
 if __name__ == "__main__":
     _signals = Signals()  # before the imports below take their tenth of a second: a notice may come at any time
 
 import argparse
 import contextlib
+import itertools
 import os
+import select
 import selectors
 import shutil
-import signal
 import sys
 import time
 from collections import Counter, deque
@@ -27,15 +28,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import claims, identity, ledger, models, records, slurm
+from orchestrator import claims, identity, ledger, models, records
 from orchestrator.channel import Channel
 from orchestrator.children import Children, Exited, memory_kills
-from orchestrator.errors import OrcError, ProgramError, SlurmUnreachable
+from orchestrator.errors import OrcError, ProgramError
 from orchestrator.fold import Fold
+from orchestrator.notices import OwnJob, acknowledge, touch
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile, blocks
 from orchestrator.records import Cause, RecordWriter, Status
-from orchestrator.requeue import Action, Decision, Situation, decide
+from orchestrator.requeue import Action, Decision, Situation
 from orchestrator.source import Ready, Source, Succession
 from orchestrator.store import JsonObject
 
@@ -46,8 +48,11 @@ _LAST_CALL_S = 20.0
 _SAVE_S = 3.0
 """After a cancel, in seconds: how long a program may take to save. Slurm kills after KillWait, by default 30."""
 _LEFT_EARLY = 75
-_ASKED = 3
-_PATIENCE = slurm.Patience(timeout_s=5.0, tries=1)
+_LATE_S = 1.0
+"""How much later than its children's our own copy of a notice may come, in seconds."""
+_TRIES = 3
+"""How often a requeue is asked for at least, after pauses of one second, two, four, ... up to this many seconds:"""
+_LONGEST_PAUSE_S = 8.0
 _ENDS_OF_A_NOTICE = ("SIGTERM", "SIGUSR1", "SIGINT", "to go on later")
 
 
@@ -75,6 +80,10 @@ class Running:
     ready: Ready
     began: float
     memory_kills: int
+
+    def is_meant_by(self, message: JsonObject) -> bool:
+        """Whether a worker's message is of this attempt, and not a late word of one before."""
+        return (message.get("index"), message.get("attempt")) == (self.ready.trial, self.ready.attempt)
 
 
 class Supervisor:
@@ -104,7 +113,9 @@ class Supervisor:
         self._done: list[int] = []
         self._exhausted = False
         self._abandoned = False
+        self._job = self._own_job()
         self._decision: Decision | None = None
+        self._noticed = 0.0
         self._last_call: float | None = None
         self._selector = selectors.DefaultSelector()
 
@@ -118,6 +129,10 @@ class Supervisor:
         )
         who = identity.describe(submission=self._options.submission, slots=self._options.slots, packages=packages)
         return RecordWriter(self._paths, who, beat_s=self._spec.launch.lease_s / 4)
+
+    def _own_job(self) -> OwnJob | None:
+        notice_s = float(self._spec.launch.notice_s)
+        return OwnJob(self._place, self._options.submission, notice_s=notice_s) if self._place else None
 
     def _open_source(self) -> Source:
         size = blocks(self._plan.num_trials, self._spec.launch.trials_per_task).size
@@ -149,6 +164,9 @@ class Supervisor:
                 self._assign()
                 self._wait()
             return self._leave()
+        except OrcError as error:
+            self._take_back(str(error))
+            raise
         finally:
             self._children.stop()
             self._writer.close()
@@ -204,6 +222,9 @@ class Supervisor:
         if self._decision is not None:
             return None
         while not self._queue and not self._exhausted:
+            if self._is_cancelled():
+                self._adopt(Decision(Cause.CANCELLED, Action.LEAVE), None)
+                return None
             self._begin(self._source.next())
         return self._queue.popleft() if self._queue else None
 
@@ -249,13 +270,17 @@ class Supervisor:
     # What children say
 
     def _on_worker(self, slot: int, channel: Channel) -> None:
+        if channel.closed:
+            return  # read to its end by an event that came at the same time
         for message in channel.receive():
             self._take(slot, message)
         if channel.closed:
             self._selector.unregister(channel)
 
     def _take(self, slot: int, message: JsonObject) -> None:
-        running = self._running[slot]
+        running = self._running.get(slot)
+        if running is None or not running.is_meant_by(message):
+            return
         trial, attempt = running.ready.trial, running.ready.attempt
         if "report" in message:
             self._writer.append({"kind": "report", "trial": trial, "attempt": attempt, **_object(message["report"])})
@@ -293,9 +318,11 @@ class Supervisor:
     def _end(self, slot: int, cause: Cause, detail: str) -> None:
         """An attempt ended without an outcome: charge it, and try again or give the trial up."""
         if self._decision is None and detail.endswith(_ENDS_OF_A_NOTICE):
-            self._await_notice()
+            self._listen(_LATE_S)
         if self._decision is not None and cause in self._ends_by_notice:
             cause = self._decision.cause
+        elif cause is Cause.PREEMPTED:
+            cause = Cause.UNKNOWN  # nobody asked it to go on later, and it must not do so for ever
         ready = self._running[slot].ready
         self._writer.append(records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail))
         ready.charges[cause] += 1
@@ -318,11 +345,15 @@ class Supervisor:
     def _on_children(self) -> None:
         for exited in self._children.poll():
             self._on_exit(exited)
+        if self._children.channel.closed:
+            self._selector.unregister(self._children.channel)
 
     def _on_exit(self, exited: Exited) -> None:
-        worker = self._children.workers[exited.slot]
-        while not worker.channel.closed:
-            self._on_worker(exited.slot, worker.channel)
+        channel = self._children.workers[exited.slot].channel
+        if not channel.closed:
+            for message in channel.receive_rest():
+                self._take(exited.slot, message)
+            self._selector.unregister(channel)
         self._children.forget(exited.slot)
         if exited.slot in self._running:
             self._charge_death(exited)
@@ -334,17 +365,16 @@ class Supervisor:
             )
             self._end(exited.slot, Cause.ERROR, detail)
             return
-        name = signal.Signals(os.WTERMSIG(exited.status)).name
+        name = name_of(os.WTERMSIG(exited.status))
         starved = name == "SIGKILL" and memory_kills() > self._running[exited.slot].memory_kills
         self._end(exited.slot, Cause.MEMORY if starved else Cause.SIGNAL, f"killed by {name}")
 
-    def _await_notice(self) -> None:
-        """A child died of a signal that Slurm sends to a whole step: ours may arrive a moment later."""
-        waiter = selectors.DefaultSelector()
-        waiter.register(self._signals, selectors.EVENT_READ)
-        if waiter.select(1.0):
-            self._on_signals()
-        waiter.close()
+    def _listen(self, seconds: float) -> None:
+        """Take signals alone, for so long or until one changes the decision."""
+        before, until = self._decision, time.monotonic() + seconds
+        while self._decision is before and (left := until - time.monotonic()) > 0:
+            if select.select([self._signals], [], [], left)[0]:
+                self._on_signals()
 
     # Notices
 
@@ -356,29 +386,31 @@ class Supervisor:
             self._on_notice(names)
 
     def _on_notice(self, names: list[str]) -> None:
-        _acknowledge()
+        acknowledge()
         situation, decision = self._judge()
-        self._writer.append(
-            records.notice(signal="+".join(names), state=str(situation), action=f"{decision.cause}: {decision.action}"),
-            durable=True,
-        )
-        if decision.action is Action.GO_ON or self._decision is not None:
-            return
+        self._note("+".join(names), situation, f"{decision.cause}: {decision.action}")
+        if decision.replaces(self._decision):
+            self._adopt(decision, situation)
+
+    def _note(self, name: str, situation: Situation | None, action: str) -> None:
+        self._writer.append(records.notice(signal=name, state=str(situation), action=action), durable=True)
+
+    def _adopt(self, decision: Decision, situation: Situation | None) -> None:
+        is_first = self._decision is None
         self._decision = decision
         if decision.cause is Cause.CANCELLED:
             self._last_call = time.monotonic() + (_SAVE_S if self._spec.command is not None else 0.0)
         elif decision.cause is Cause.TIMEOUT and situation is not None and situation.left_s is not None:
             self._last_call = time.monotonic() + max(0.0, situation.left_s - _LAST_CALL_S)
-        for worker in self._children.workers.values():
-            worker.signal(signal.SIGUSR1)
+        if is_first:
+            self._noticed = time.monotonic()
+            for worker in self._children.workers.values():
+                worker.tell()
 
     def _judge(self) -> tuple[Situation | None, Decision]:
-        if self._place is None or self._is_cancelled():
+        if self._job is None or self._is_cancelled():
             return None, Decision(Cause.CANCELLED, Action.LEAVE)
-        situation = _situation(self._place.job)
-        return situation, decide(
-            situation, own_restarts=self._place.restarts, notice_s=float(self._spec.launch.notice_s)
-        )
+        return self._job.judge()
 
     def _is_cancelled(self) -> bool:
         return ledger.is_cancelled(self._paths, self._options.submission)
@@ -392,10 +424,45 @@ class Supervisor:
         begun = {running.ready.trial for running in self._running.values()}
         for ready in self._open.values():
             self._writer.append(_stopped(ready, self._decision.cause, begun=ready.trial in begun))
+        self._open.clear()
         self._writer.sync()
-        if left and self._decision.action is Action.REQUEUE and self._place and not self._is_cancelled():
-            _requeue(self._place.job)
+        self._children.stop()
+        if left:
+            self._see_to_requeue()
         return _LEFT_EARLY if left else 0
+
+    def _see_to_requeue(self) -> None:
+        """Ask for our requeue until Slurm says that it comes, or that there must be none; or stay until it kills us."""
+        until = self._noticed + self._spec.launch.notice_s
+        for number in itertools.count():
+            if self._action is Action.LEAVE:
+                return
+            situation, found = self._judge()
+            if found.replaces(self._decision):
+                self._decision = found
+            if found.action is Action.LEAVE or (found.action, self._action) == (Action.GO_ON, Action.FINISH):
+                return
+            if found.action is not Action.FINISH and self._job is not None:
+                self._job.requeue()
+            if number + 1 >= _TRIES and time.monotonic() >= until:
+                self._note("none", situation, f"{found.cause}: leaves without a requeue that Slurm confirms")
+                return
+            self._listen(min(2.0**number, _LONGEST_PAUSE_S))
+
+    @property
+    def _action(self) -> Action:
+        return self._decision.action if self._decision is not None else Action.GO_ON
+
+    def _take_back(self, error: str) -> None:
+        """What is open ends here through no fault of its own; said as far as that can still be written."""
+        with contextlib.suppress(OrcError):
+            self._writer.append(
+                *(
+                    records.end(trial=r.trial, attempt=r.attempt, cause=Cause.UNKNOWN, detail=error, begun=False)
+                    for r in self._open.values()
+                ),
+                durable=True,
+            )
 
 
 def _stopped(ready: Ready, cause: Cause, *, begun: bool) -> JsonObject:
@@ -439,35 +506,9 @@ def _spent(retries: object, charges: Counter[Cause]) -> Cause | None:
 def _environment(plan: PlanFile) -> dict[str, str]:
     threads = str(plan.spec.launch.cpus)
     fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    return {**os.environ, **plan.spec.env, **fixed, "PYTHONUNBUFFERED": "1"}
-
-
-def _situation(job: str) -> Situation | None:
-    """What Slurm says of our job. The signal that brought us here may have ended the first command that asks, too."""
-    for _ in range(_ASKED):
-        with contextlib.suppress(SlurmUnreachable):
-            fields = slurm.show_job(job, patience=_PATIENCE)
-            if fields:
-                return Situation.of(fields)
-    return None
-
-
-def _requeue(job: str) -> None:
-    """Ask for our own requeue; its TERM may kill the scontrol that asks, a second call is refused: both are fine."""
-    try:
-        slurm.requeue(job)
-    except OrcError as error:
-        print(f"orchestrator: {error}", file=sys.stderr)
-
-
-def _acknowledge() -> None:
-    """Tell the batch script that its signal arrived, so that it stops repeating it."""
-    _touch(os.environ.get("ORC_ACK"))
-
-
-def _touch(path: str | None) -> None:
-    if path:
-        Path(path).touch()
+    # Sets of texts are looped over in an order that depends on this; what a trial comes to must not.
+    hashing = {"PYTHONHASHSEED": "0"}
+    return {**os.environ, **hashing, **plan.spec.env, **fixed, "PYTHONUNBUFFERED": "1"}
 
 
 def _reduce(paths: SweepPaths, *, alone: bool) -> int:
@@ -498,7 +539,7 @@ def _go_to_origin(paths: SweepPaths) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the process; returns its exit code."""
     signals = _signals if __name__ == "__main__" else Signals()
-    _touch(os.environ.get("ORC_READY"))  # the batch script sends no signal before
+    touch(os.environ.get("ORC_READY"))  # the batch script sends no signal before
     if name := os.environ.get("ORC_NOTICE"):
         signals.add(name)
     os.umask(0o077)

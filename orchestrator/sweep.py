@@ -48,7 +48,7 @@ def find(name: str | None, runs: Path) -> SweepPaths:
     """
     if name and (Path(name) / "plan.jsonl").is_file():
         return SweepPaths(Path(name).absolute())
-    found = [path for path in runs.glob("*/plan.jsonl") if name is None or _is_called(path.parent.name, name)]
+    found = [path for path in runs.glob("*/plan.jsonl") if _is_called(path.parent.name, name)]
     if not found:
         what = f"no sweep called {name!r}" if name else "no sweep"
         raise NothingMatched(f"{runs}: {what} here; --dir or $ORC_DIR says where sweeps live")
@@ -61,8 +61,9 @@ def ids(runs: Path) -> list[str]:
     return sorted(path.parent.name for path in runs.glob("*/plan.jsonl") if not path.parent.name.startswith("."))
 
 
-def _is_called(folder: str, name: str) -> bool:
-    return not folder.startswith(".") and name in (folder, folder.rpartition("-")[0])
+def _is_called(folder: str, name: str | None) -> bool:
+    """Whether a sweep's folder is meant by a name or an id; a hidden one, which is half made, never is."""
+    return not folder.startswith(".") and (name is None or name in (folder, folder.rpartition("-")[0]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +252,10 @@ class Sweep:
         # Without an answer from Slurm, whoever began a trial and has not ended it is taken at its word.
         from orchestrator import ledger
 
-        running = sum(alive is None or _is_alive(writer, alive) for writer in self.fold.running().values())
+        running = sum(
+            alive is None or any(_is_alive(writer, alive) for writer in writers)
+            for writers in self.fold.running().values()
+        )
         rest = self.fold.num_missing - running
         now = ledger.current(self.paths)
         is_cancelled = now is not None and ledger.is_cancelled(self.paths, now.token)
@@ -344,11 +348,12 @@ def check_trusted(paths: SweepPaths) -> None:
 def _load(paths: SweepPaths, plan: PlanFile, trial: Trial, weights: Path) -> State:
     from safetensors.torch import load_file
 
+    from orchestrator.code import Lineage
     from orchestrator.job import load_job
     from orchestrator.signatures import split
 
     assert plan.spec.program is not None
-    job = load_job(paths.code, plan.spec.program)
+    job = load_job(paths.code, plan.spec.program, Lineage.of(paths))
     if job.build is None:
         raise NothingMatched(f"{plan.spec.program}: has no build(...), so load {weights} with safetensors by hand")
     for_build, _ = split(trial.params, job.build, job.train)

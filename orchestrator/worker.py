@@ -16,20 +16,22 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Real
 from pathlib import Path
 
 import torch
 
 from orchestrator import store
-from orchestrator.channel import Channel
+from orchestrator.channel import Channel, Send, serve
+from orchestrator.code import Lineage
 from orchestrator.command import say
 from orchestrator.errors import OrcError
 from orchestrator.job import Job, load_job, preload
 from orchestrator.objective import Diverged, NoResult
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause
+from orchestrator.settings import Settings
 from orchestrator.signatures import split
 from orchestrator.spec import SweepSpec
 from orchestrator.store import JsonObject
@@ -59,6 +61,7 @@ class Worker:
         self._noticed = False
         self._cwd = Path.cwd()
         self._environment = dict(os.environ)
+        self._settings = Settings()
         self._listen()
 
     def _listen(self) -> None:
@@ -70,23 +73,21 @@ class Worker:
 
     def serve(self) -> None:
         """Train until the supervisor closes the channel."""
-        while not self._channel.closed:
-            for message in self._channel.receive():
-                self._channel.send(self._attempt(message))
+        serve(self._channel, self._attempt, self._notice)
 
-    def _attempt(self, message: JsonObject) -> JsonObject:
+    def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
         """Train one trial; returns the message that ends it."""
         name = f"trial {message['trial']} attempt {message['attempt']}"
         say(f"=== {name}: start {message['params']}")
         began = time.monotonic()
-        answer = self._guarded(message)
+        answer = self._guarded(message, send)
         end = answer.get("outcome", answer.get("detail", answer.get("broken")))
         say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
         return answer
 
-    def _guarded(self, message: JsonObject) -> JsonObject:
+    def _guarded(self, message: JsonObject, send: Send) -> JsonObject:
         try:
-            return self._kept(int(str(message["index"])), self._train(message))
+            return self._kept(int(str(message["index"])), self._train(message, send))
         except (MemoryError, torch.OutOfMemoryError) as error:
             say(traceback.format_exc())
             return _ended(Cause.MEMORY, error)
@@ -98,20 +99,20 @@ class Worker:
                 return {"broken": str(error)}  # not the trial's fault, and the next one would fare no better
             return _ended(Cause.ERROR, error)
 
-    def _train(self, message: JsonObject) -> Result:
+    def _train(self, message: JsonObject, send: Send) -> Result:
         seed = int(str(message["seed"]))
         params = message["params"]
         bar = message["bar"]
         assert isinstance(params, dict)
         self._listen()
-        reset(seed, self._spec.launch.cpus, self._cwd, self._environment)
+        reset(seed, self._spec.launch.cpus, self._cwd, self._environment, self._settings)
         for_build, for_train = split(params, self._job.build, self._job.train)
         trial = Trial(
             index=int(str(message["index"])),
             params=params,
             seed=seed,
             metric=self._spec.metric,
-            emit=lambda report: self._channel.send({"report": report}),
+            emit=lambda report: send({"report": report}),
             build_params=for_build,
             attempt=int(str(message["attempt"])),
             asked_to_stop=lambda: self._noticed,
@@ -121,7 +122,8 @@ class Worker:
         return trial.result(bar if isinstance(bar, float) else None)
 
     def _run(self, trial: Trial, for_train: JsonObject) -> None:
-        returned = self._job.train(trial, **for_train)
+        with _one_process():
+            returned = self._job.train(trial, **for_train)
         if isinstance(returned, dict):
             trial.report_all(returned)
         elif isinstance(returned, (Real, torch.Tensor)):
@@ -139,14 +141,40 @@ class Worker:
         return {"outcome": result.status.value, "payload": result.payload}
 
 
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """A process that the job forked and lets come back ends here, as a script would: only one of them is the worker."""
+    process, code = os.getpid(), 1
+    try:
+        yield
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        raise
+    except BaseException:
+        if os.getpid() != process:
+            say(traceback.format_exc())
+        raise
+    finally:
+        if os.getpid() != process:
+            _end_process(code)
+
+
+def _end_process(code: int) -> None:
+    for stream_ in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream_.flush()
+    os._exit(code & 0xFF)
+
+
 def _ended(cause: Cause, error: BaseException) -> JsonObject:
     # Addresses differ from run to run; what counts must not.
     text = re.sub(r"0x[0-9a-f]+", "0x…", f"{type(error).__name__}: {error}")
     return {"end": cause.value, "detail": text}
 
 
-def reset(seed: int, threads: int, cwd: Path, environment: dict[str, str]) -> None:
-    """Set this process back to what a fresh one would be, and seed its global generators.
+def reset(seed: int, threads: int, cwd: Path, environment: dict[str, str], settings: Settings) -> None:
+    """Set this process back to what it was when the job had been imported, and seed its global generators.
 
     Layers' initialisers, dropout and much user code read the global generators, so this is the one place that seeds
     them.
@@ -156,13 +184,7 @@ def reset(seed: int, threads: int, cwd: Path, environment: dict[str, str]) -> No
         os.environ.clear()
         os.environ.update(environment)
     torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    torch.set_grad_enabled(True)
-    torch.use_deterministic_algorithms(False)
-    torch.set_float32_matmul_precision("highest")
-    torch.set_flush_denormal(False)
-    torch.autograd.set_detect_anomaly(False)
+    settings.restore()
     torch.manual_seed(stream(seed, "global"))
     random.seed(stream(seed, "python"))
     if (numpy := sys.modules.get("numpy")) is not None:
@@ -173,6 +195,6 @@ def reset(seed: int, threads: int, cwd: Path, environment: dict[str, str]) -> No
 def server(paths: SweepPaths, spec: SweepSpec) -> Callable[[Channel], None]:
     """Import the job; returns what serves its trials in a worker process."""
     assert spec.program is not None
-    job = load_job(paths.code, spec.program)
+    job = load_job(paths.code, spec.program, Lineage.of(paths))
     preload(job)
     return lambda channel: Worker(paths, spec, job, channel).serve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,10 @@ from pathlib import Path
 import orjson
 import pytest
 from command_line import HALF, Orc
+
+from orchestrator import claims, intake, ledger, local, records, store
+from orchestrator.paths import SweepPaths
+from orchestrator.records import RecordWriter
 
 SLOW = "sleep 0.3; " + HALF
 
@@ -96,6 +101,108 @@ def test_what_is_done_is_not_done_again(orc: Orc) -> None:
     assert orc("run", "sweep.yaml").out == first.out
     assert time.monotonic() - began < 30
     assert len(list((orc.runs / orc.sweeps[0] / "records").iterdir())) == 1
+
+
+@pytest.mark.parametrize("verb", [["resume"], ["run", "sweep.yaml"]])
+@pytest.mark.parametrize("stale", [b"{}\n", None])
+def test_a_summary_that_is_stale_is_written_anew(verb: list[str], stale: bytes | None, orc: Orc) -> None:
+    orc("run", orc.write())
+    summary = orc.runs / orc.sweeps[0] / "summary.json"
+    right = summary.read_bytes()
+    summary.unlink()
+    if stale is not None:
+        summary.write_bytes(stale)
+    orc(*verb)
+    assert summary.read_bytes() == right
+
+
+def test_the_same_command_says_when_other_code_makes_it_another_sweep(orc: Orc) -> None:
+    (orc.folder / "t.sh").write_text(HALF)
+    assert "code" not in orc("run", orc.write(command=["sh", "t.sh"])).err
+    (orc.folder / "result.txt").write_text("written by a trial")
+    assert "code" not in orc("run", "sweep.yaml").err
+    (before,) = orc.sweeps
+    (orc.folder / "t.sh").write_text(f"{HALF}\n")
+    (orc.folder / "more.py").touch()
+    said = orc("run", "sweep.yaml").err
+    assert f"the sweep file is that of {before}, but the code differs: added more.py, changed t.sh" in said
+    assert len(orc.sweeps) == 2
+    assert "code" not in orc("run", "sweep.yaml").err
+
+
+def test_a_folder_that_is_half_made_is_no_sweep(orc: Orc) -> None:
+    orc("run", orc.write())
+    (whole,) = orc.sweeps
+    shutil.copytree(orc.runs / whole, orc.runs / f".{whole}.0123456789ab")
+    assert orc("status", "--json").json["sweep"] == whole
+
+
+# Another machine
+
+
+@pytest.fixture
+def gone(orc: Orc) -> Orc:
+    """A sweep of three trials, of which one is done, that a machine of another name has begun."""
+    orc.write(launch={"lease_s": 1}, command=["sh", "-c", HALF])
+    taken = intake.read(orc.folder / "sweep.yaml", [], runs=orc.runs)
+    paths = taken.store(orc.runs)
+    part = ledger.Part(what="local", num_workers=1)
+    submission = ledger.Submission(token="0" * 32, epoch=0, on="local", host="gone", parts=(part,))
+    process = local.Process(pid=1, start_time=1, boot_id="b", host="gone")
+    ledger.append(paths, ledger.intent(submission, "local"))
+    ledger.append(paths, ledger.submitted_process(submission.token, "local", process))
+    writer = RecordWriter(paths, {"submission": submission.token, "job": None, "slots": 1, "host": "gone"})
+    claims.Claims(paths, writer.writer).take(claims.Block(0, 0), 0)
+    claims.Claims(paths, writer.writer).take(claims.Block(1, 1), 0)
+    payload = {"value": 0.5, "step": None, "metrics": {"val_loss": 0.5}, "model": None}
+    writer.append(records.outcome(trial=0, attempt=0, status=records.Status.COMPLETE, payload=payload, seconds=0.0))
+    writer.append(records.start(trial=1, attempt=0))
+    return orc
+
+
+def test_a_sweep_whose_machine_is_gone_goes_on_after_a_lease(gone: Orc) -> None:
+    said = gone("run", "sweep.yaml")
+    assert "process 1 on gone may still be at work; waiting 1 s for a word of it" in said.err
+    assert "3 of 3 complete" in said.out
+
+
+def test_a_sweep_whose_machine_is_gone_is_resumed_at_once_when_forced(gone: Orc) -> None:
+    assert "waiting" not in gone("resume", "--force").err
+    wait_until(lambda: gone("status", "--json").json["trials"]["complete"] == 3)
+
+
+@pytest.mark.parametrize("verb", ["run", "resume"])
+def test_a_sweep_that_is_at_work_on_another_machine_is_left_to_it(verb: str, gone: Orc) -> None:
+    (record,) = gone.runs.glob("*/records/*.jsonl")
+    with gone.start(verb, *(["sweep.yaml"] if verb == "run" else [])) as process, record.open("ab") as file:
+
+        def is_over() -> bool:
+            file.write(store.checked({"kind": "beat"}))
+            file.flush()
+            return process.poll() is not None
+
+        wait_until(is_over)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == {"run": 2, "resume": 4}[verb]
+    assert "1 on gone" in said
+    assert len(ledger.submissions(SweepPaths(record.parent.parent))) == 1
+
+
+def test_status_says_what_it_can_not_see(gone: Orc) -> None:
+    assert "can't be seen from here; `orc resume" in gone("status").out
+
+
+def test_cancel_says_whom_it_does_not_reach(gone: Orc) -> None:
+    said = gone("cancel").err
+    assert "told to end: nothing" in said
+    assert "not reached: process 1 on gone" in said
+
+
+def test_resuming_beside_what_is_alive_says_that_it_did_nothing(orc: Orc) -> None:
+    orc("submit", orc.write(command=["sh", "-c", "sleep 60"]), "--on", "local")
+    assert "nothing new was handed over" in orc("resume", expect=4).err
+    assert "told to end" in orc("cancel").err
 
 
 def test_failed_trials_are_counted_named_and_exit_4(orc: Orc) -> None:

@@ -68,6 +68,28 @@ def test_outside_git_the_programs_folder_is_taken_but_for_what_is_no_code(tmp_pa
     assert names(snapshot) == ["lib/a.py", "train.py"]
 
 
+@pytest.mark.parametrize("name", ["result.txt", "results.json", "curve.csv", "out/log", "net.pt", "run.log", "a.ipynb"])
+def test_outside_git_what_a_trial_writes_does_not_change_the_code(tmp_path: Path, name: str) -> None:
+    root = make(tmp_path / "p", **{"train.py": "1", "run.sh": "2", "conf.yaml": "3", "tool": "#!/bin/sh\n"})
+    before = survey(root / "train.py", root)
+    assert names(before) == ["conf.yaml", "run.sh", "tool", "train.py"]
+    after = survey(make(root, **{name: "x"}) / "train.py", root)
+    assert after.digest == before.digest
+    assert after.skipped == (f"{name}: left out: outside of git only what looks like source is code",)
+
+
+def test_outside_git_programs_packages_and_what_the_command_names_are_code(tmp_path: Path) -> None:
+    root = make(
+        tmp_path / "p", **{"lib/__init__.py": "", "lib/words.txt": "1", "lib/data/more.txt": "2", "my.json": "3"}
+    )
+    make(root, **{"program": "4", "other.txt": "5", "large.yaml": "6" * 2**19, "data/x.txt": "7"})
+    (root / "program").chmod(0o700)
+    assert names(survey(None, root)) == ["lib/__init__.py", "lib/data/more.txt", "lib/words.txt", "program"]
+    named = survey(None, root, command=["./program", "my.json", "--x", "z" * 999, "data/../other.txt", "/etc/passwd"])
+    assert {"my.json", "other.txt"} <= set(names(named))
+    assert len(named.files) == 6
+
+
 def test_a_program_that_git_ignores_is_taken_with_its_folder(tree: Path) -> None:
     make(tree, **{"data/scratch/train.py": "1", "data/scratch/more.py": "2"})
     snapshot = survey(tree / "data/scratch/train.py", tree / "data/scratch")
@@ -150,8 +172,8 @@ def test_too_much_code_names_the_largest_and_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
     monkeypatch.setattr(code, limit, value)
-    root = make(tmp_path / "p", **{"train.py": "1", "data/big.bin": "x" * 2**20})
-    with pytest.raises(UsageError, match=r"2 files, 1\.0 MiB(.|\n)*1\.0 MiB  data/big\.bin\n(.|\n)*\.gitignore"):
+    root = make(tmp_path / "p", **{"train.py": "1", "data/big.py": "x" * 2**20})
+    with pytest.raises(UsageError, match=r"2 files, 1\.0 MiB(.|\n)*1\.0 MiB  data/big\.py\n(.|\n)*\.gitignore"):
         survey(root / "train.py", root)
 
 

@@ -1,16 +1,24 @@
-"""Commands: W&B's macros as arguments, never as shell text; checkpoint folders that no two attempts share."""
+"""Commands: W&B's macros as arguments, never as shell text; code from the snapshot; checkpoints whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sweeps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.command import checkpoint_folder, expand, flat
+from orchestrator import code, command
+from orchestrator.command import checkpoint_folder, expand, flat, from_snapshot, snapshot_first
+from orchestrator.errors import ProgramError
+from orchestrator.paths import SweepPaths
 from orchestrator.store import Json, JsonObject
 
 PARAMS: JsonObject = {"lr": 0.1, "name": "a b", "fast": True, "slow": False, "opt": {"beta": [1, 2], "eps": None}}
@@ -18,7 +26,7 @@ FILE = Path("/scratch/params.json")
 
 
 def expanded(*command: str, params: JsonObject = PARAMS) -> list[str]:
-    return expand(command, params, params_file=FILE)
+    return expand(command, params, params_file=FILE, environment={"MINE": "${args_json}"})
 
 
 @pytest.mark.parametrize(
@@ -47,10 +55,13 @@ def test_the_whole_set_is_one_json_argument() -> None:
     assert json.loads(argument) == PARAMS
 
 
-def test_variables_are_read_where_the_worker_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINE", "${args_json}")
-    monkeypatch.delenv("NONE", raising=False)
-    assert expanded("${envvar:MINE}/x", "[${envvar:NONE}]") == ["${args_json}/x", "[]"]
+def test_variables_are_read_where_the_worker_runs() -> None:
+    assert expanded("${envvar:MINE}/x") == ["${args_json}/x"]
+
+
+def test_a_variable_that_is_not_there_is_named_with_the_remedy() -> None:
+    with pytest.raises(ProgramError, match=r"\$\{envvar:NONE\}: .* give NONE under env: in the sweep file"):
+        expanded("[${envvar:NONE}]")
 
 
 @given(st.text(st.sampled_from("${}args_json:envvrpogm\n'\"` -;"), max_size=30))
@@ -85,3 +96,120 @@ def test_a_folder_that_another_copy_of_this_attempt_left_is_not_taken_over(tmp_p
     (checkpoint_folder(tmp_path, 0) / "state").write_text("of 0")
     (checkpoint_folder(tmp_path, 1) / "half").touch()
     assert [path.name for path in checkpoint_folder(tmp_path, 1).iterdir()] == ["state"]
+
+
+def interrupted(error: BaseException) -> Any:
+    """A copy of files that ends at the second one."""
+    copied: list[str] = []
+
+    def copy(source: str, target: str) -> None:
+        copied.append(source)
+        if len(copied) == 2:
+            raise error
+        shutil.copy2(source, target)
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt("killed")], ids=["full disk", "killed"]
+)
+def test_a_checkpoint_that_was_copied_in_part_is_never_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    for number in range(3):
+        (checkpoint_folder(tmp_path, 0) if number == 0 else tmp_path / "attempt-0").joinpath(f"part{number}").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_copy_durably", interrupted(error))
+        with pytest.raises(BaseException, match=r"full|killed"):
+            checkpoint_folder(tmp_path, 1)
+    if isinstance(error, OSError):
+        assert sweeps.names(tmp_path) == ["attempt-0"]
+    assert sweeps.names(checkpoint_folder(tmp_path, 2)) == ["part0", "part1", "part2"]
+
+
+def test_an_argument_too_long_for_a_name_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "t.sh").touch()
+    script = "echo " + "x" * 5000
+    assert from_snapshot(("sh", "-c", script, "t.sh"), tmp_path) == ("sh", "-c", script, str(tmp_path / "t.sh"))
+
+
+@pytest.mark.parametrize(
+    ("given", "position"),
+    [
+        ([sys.executable, "-m", "mod"], 1),
+        ([sys.executable, "-u", "-c", "pass"], 1),
+        (["${env}", "${interpreter}", "-m", "mod"], 2),
+        ([sys.executable, "train.py", "-m", "x"], None),
+        ([sys.executable, "-u", "train.py"], None),
+        (["bash", "-c", "python -m mod"], None),
+        (["python9.99", "-m", "mod"], None),
+    ],
+)
+def test_python_looks_in_the_snapshot_first(given: list[str], position: int | None) -> None:
+    wanted = given if position is None else [*given[:position], "-P", *given[position:]]
+    assert list(snapshot_first(tuple(given))) == wanted
+
+
+def test_a_python_without_the_flag_is_left_alone_and_the_log_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python3.8"
+    python.write_text('#!/bin/sh\n[ "$1" != -P ]\n')
+    python.chmod(0o700)
+    assert snapshot_first((str(python), "-m", "mod")) == (str(python), "-m", "mod")
+    assert f"{python}: not Python 3.11 or newer" in capsys.readouterr().out
+
+
+# With real processes
+
+REPORT = 'import os; open(os.environ["ORC_REPORT"], "a").write(\'{"val_loss": %s}\')\n'
+
+
+def edited_since(runs: Path, origin: Path, *argv: str) -> SweepPaths:
+    """A sweep whose programs said 1 when it was submitted, and say 2 now."""
+    origin.mkdir()
+    for name, text in {"t.py": REPORT, "src/mod.py": REPORT, "data.txt": "%s"}.items():
+        (origin / name).parent.mkdir(exist_ok=True)
+        (origin / name).write_text(text % 1)
+    paths = sweeps.make(runs, argv=argv, trials=1)
+    code.survey(None, origin).copy(paths.code)
+    paths.origin.write_bytes(os.fsencode(origin))
+    for file in (origin / "t.py", origin / "src/mod.py"):
+        file.write_text(REPORT % 2)
+    return paths
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (sys.executable, "t.py"),
+        (sys.executable, "-m", "t"),
+        (sys.executable, "-m", "mod"),
+        (sys.executable, "-c", "import t"),
+        (sys.executable, "-c", "import mod"),
+        ("sh", "-c", 'test -f data.txt && exec "$0" "$ORC_CODE/t.py"', sys.executable),
+    ],
+)
+def test_a_program_runs_as_it_was_when_the_sweep_was_submitted(tmp_path: Path, argv: tuple[str, ...]) -> None:
+    origin = tmp_path / "origin"
+    paths = edited_since(tmp_path / "runs", origin, *argv)
+    _, said = sweeps.run(paths, env={"PYTHONPATH": str(origin / "src")})
+    (found,) = sweeps.records(paths, "outcome")
+    assert found["payload"].get("value") == 1.0, said
+
+
+def test_a_program_that_is_killed_with_its_worker_leaves_no_scratch_behind(tmp_path: Path) -> None:
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    paths = sweeps.make(tmp_path / "runs", 'trap "" TERM; echo here; sleep 100', trials=1)
+    with sweeps.started(paths, env={"TMPDIR": str(scratch)}) as process:
+        sweeps.until(lambda: list(scratch.rglob("params.json")))
+        process.kill()
+        sweeps.until(lambda: sweeps.names(scratch) == [])
+
+
+def test_a_variable_that_the_worker_lacks_fails_the_trial(tmp_path: Path) -> None:
+    paths = sweeps.make(tmp_path, argv=("echo", "${envvar:NOT_HERE}"), trials=1)
+    sweeps.run(paths)
+    assert "give NOT_HERE under env:" in str(sweeps.fold(paths).payload(0)["error"])

@@ -30,10 +30,11 @@ def test_pieces_change_nothing(num: int, batch_size: int, piece: int, shuffled: 
     assert all(torch.equal(b[0], x[rows]) for b, rows in zip(found, picked, strict=True))  # type: ignore[index]
 
 
-def test_a_shuffled_batch_may_be_changed_in_place() -> None:
+@pytest.mark.parametrize("order", [None, torch.arange(10)])
+def test_a_batch_may_be_changed_in_place(order: torch.Tensor | None) -> None:
     x = torch.arange(20.0).reshape(10, 2)
     before = x.clone()
-    first, second = data.batches((x,), torch.arange(10), 5, 10, CPU)
+    first, second = data.batches((x,), order, 5, 10, CPU)
     first[0].zero_()  # type: ignore[index]
     assert torch.equal(second[0], before[5:])  # type: ignore[index]
     assert torch.equal(x, before)

@@ -290,6 +290,34 @@ def test_a_trial_that_diverged_on_one_host_only_is_a_disagreement(paths: SweepPa
     assert folded(paths).disagreements == [Disagreement(0, ("host-a", "host-b"))]
 
 
+def with_model(model: str | None, value: float = 1.0) -> JsonObject:
+    payload: JsonObject = {"value": value, "model": model}
+    return outcome(trial=0, attempt=0, status=Status.COMPLETE, payload=payload, seconds=1.0)
+
+
+@pytest.mark.parametrize("names", [WRITERS[:2], WRITERS[1::-1]])
+def test_of_equal_outcomes_one_with_a_model_is_kept_and_none_disagrees(
+    paths: SweepPaths, names: tuple[str, str]
+) -> None:
+    put(paths, names[0], with_model(None))
+    put(paths, names[1], with_model("ab" * 32))
+    fold = folded(paths)
+    assert (fold.payload(0)["model"], fold.disagreements) == ("ab" * 32, [])
+
+
+@pytest.mark.parametrize("other", [with_model("cd" * 32), with_model(None, 2.0)])
+def test_other_weights_or_other_values_disagree(paths: SweepPaths, other: JsonObject) -> None:
+    put(paths, WRITERS[0], with_model("ab" * 32))
+    put(paths, WRITERS[1], other)
+    assert folded(paths).disagreements == [Disagreement(0, ("host-a", "host-b"))]
+
+
+def test_trials_that_failed_in_other_words_do_not_disagree(paths: SweepPaths) -> None:
+    put(paths, WRITERS[0], done(0, 1.0, status=Status.FAILED))
+    put(paths, WRITERS[1], done(0, 2.0, status=Status.FAILED))
+    assert folded(paths).disagreements == []
+
+
 # Attempts and what they are charged to
 
 
@@ -298,6 +326,15 @@ def test_those_that_were_running_are_the_first_ones_open(paths: SweepPaths) -> N
     fold = folded(paths)
     assert sorted(fold.running()) == [1, 2]
     assert [fold.charges(i)[Cause.UNKNOWN] for i in range(NUM)] == [0, 1, 1, 0]
+
+
+def test_starts_that_are_seen_late_are_still_the_first_ones(paths: SweepPaths) -> None:
+    data = put(paths, WRITERS[0], *begun(0, 1, 2), slots=2)
+    paths.record(WRITERS[0]).write_bytes(data.replace(b'"trial":0', b'"trial":7'))
+    fold = folded(paths)
+    paths.record(WRITERS[0]).write_bytes(data)
+    fold.update()
+    assert sorted(fold.running()) == [0, 1]
 
 
 def test_an_attempt_that_is_charged_by_name_is_not_charged_as_unknown(paths: SweepPaths) -> None:
@@ -314,9 +351,58 @@ def test_what_had_not_begun_costs_nothing(paths: SweepPaths) -> None:
     assert fold.next_attempt(1) == 1
 
 
-def test_a_writer_that_was_requeued_is_not_charged(paths: SweepPaths) -> None:
-    put(paths, WRITERS[0], *begun(0), job="7")
-    assert folded(paths).charges(0, free=lambda line: line.get("job") == "7")[Cause.UNKNOWN] == 0
+@pytest.mark.parametrize(
+    ("later", "charged"),
+    [
+        ({"job": "7", "restarts": 2}, 0),
+        ({"job": "7", "restarts": 1}, 1),
+        ({"job": "8", "restarts": 2}, 1),
+        ({"job": "7", "restarts": 2, "submission": "other"}, 1),
+    ],
+)
+@pytest.mark.parametrize("names", [WRITERS[:2], WRITERS[1::-1]])
+def test_a_run_whose_job_was_requeued_is_not_charged_whoever_looks(
+    paths: SweepPaths, names: tuple[str, str], later: dict[str, object], charged: int
+) -> None:
+    put(paths, names[0], *begun(0), job="7", restarts=1)
+    put(paths, names[1], **later)
+    assert folded(paths).charges(0) == Counter({Cause.UNKNOWN: charged})
+
+
+@pytest.mark.parametrize(
+    ("actions", "cause"),
+    [
+        (["preempted: finish or stop, then requeue"], Cause.PREEMPTED),
+        (["preempted: finish or stop, then requeue", "cancelled: leave"], Cause.CANCELLED),
+        (["timeout: finish or stop, then requeue"], Cause.TIMEOUT),
+        (["preempted: finish or stop, then requeue", "unknown: go on"], Cause.PREEMPTED),
+        (["signal: go on"], Cause.UNKNOWN),
+        (["unknown: go on"], Cause.UNKNOWN),
+        ([], Cause.UNKNOWN),
+    ],
+)
+def test_a_writer_that_fell_silent_after_a_notice_is_charged_to_the_notice(
+    paths: SweepPaths, actions: list[str], cause: Cause
+) -> None:
+    put(paths, WRITERS[0], *begun(0), *(notice(signal="SIGTERM", state="", action=action) for action in actions))
+    assert folded(paths).charges(0) == Counter({cause: 1})
+
+
+def test_every_process_that_may_run_a_trial_is_named(paths: SweepPaths) -> None:
+    put(paths, WRITERS[2], *begun(0), host="dead")
+    warm = folded(paths)
+    put(paths, WRITERS[0], *begun(0, attempt=1), host="alive")
+    warm.update()
+    assert [writer["host"] for writer in warm.running()[0]] == ["alive", "dead"]
+    assert warm.running() == folded(paths).running()
+
+
+def test_the_file_that_continues_another_one_is_known(paths: SweepPaths) -> None:
+    put(paths, WRITERS[0], *begun(0))
+    put(paths, WRITERS[1], continues=WRITERS[0])
+    put(paths, WRITERS[2], continues=WRITERS[1])
+    fold = folded(paths)
+    assert [fold.latest(name) for name in (*WRITERS, "other")] == [WRITERS[2]] * 3 + ["other"]
 
 
 @pytest.mark.parametrize("names", [WRITERS[:2], WRITERS[1::-1]])
@@ -330,12 +416,19 @@ def test_an_attempt_that_ended_in_its_writers_next_file_is_charged_once(
     assert fold.charges(0) == Counter({Cause.ERROR: 1})
 
 
+def test_only_attempts_that_began_are_counted(paths: SweepPaths) -> None:
+    put(paths, WRITERS[0], *begun(0, 1, 2), ended(0), ended(1, begun=False))
+    put(paths, WRITERS[1], *begun(1, 0, 3, attempt=1), done(1, attempt=1), slots=1)
+    fold = folded(paths)
+    assert [fold.attempts(i) for i in range(NUM)] == [2, 1, 1, 0]
+
+
 def test_the_next_attempt_follows_every_start(paths: SweepPaths) -> None:
     put(paths, WRITERS[0], *begun(0, attempt=4))
     put(paths, WRITERS[1], *begun(0, attempt=1), done(1))
     fold = folded(paths)
     assert (fold.next_attempt(0), fold.next_attempt(1)) == (5, 0)
-    assert (fold.attempts(0), fold.attempts(1), fold.attempts(2)) == (5, 1, 0)
+    assert (fold.attempts(0), fold.attempts(1), fold.attempts(2)) == (2, 1, 0)
     assert fold.has_starts
 
 

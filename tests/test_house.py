@@ -20,15 +20,15 @@ HOUSE = [
     "samples summary",  # pure: the monoid
     "records claims fold objective models",  # outcomes, join, merge, what is kept
     "code job slurm local ledger handover submit",  # the user's code; Slurm's commands, and only here; submissions
-    "channel source command requeue reducer",  # the running side, free of torch
-    "data dist checkpoint trial worker",  # the only rooms with torch
+    "channel source command requeue notices reducer",  # the running side, free of torch
+    "data settings dist checkpoint trial worker",  # the only rooms with torch
     "forkserver children supervisor",  # what Slurm starts; workers are its children
     "intake sweep lab show watch running preview logs examples cli",  # what a person calls
     "__init__ __main__",
 ]
 ROW = {room: row for row, rooms in enumerate(HOUSE) for room in rooms.split()}
 
-TORCH = {"data", "dist", "checkpoint", "trial", "worker"}
+TORCH = {"data", "settings", "dist", "checkpoint", "trial", "worker"}
 HEAVY = {"torch", "numpy", "pandas", "pydantic", "jinja2", "optuna", "matplotlib", "sklearn", "submitit"}
 # These in turn, and what imports them at once, are imported inside functions only.
 ALLOWED: dict[str, set[str]] = {"sweepfile": {"pydantic"}, "samples": {"numpy"}, "intake": set()}

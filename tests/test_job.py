@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 
+from orchestrator import code
 from orchestrator.errors import ProgramError
 from orchestrator.job import check, load_job
+from orchestrator.paths import SweepPaths
 
 
 @pytest.fixture(autouse=True)
 def own_modules() -> Iterator[None]:
     """What a test imports is gone after it."""
     path, modules, byte_code = list(sys.path), set(sys.modules), sys.dont_write_bytecode
+    finders = list(sys.meta_path)
     yield
+    sys.meta_path[:] = finders
     sys.path[:], sys.dont_write_bytecode = path, byte_code
     for name in set(sys.modules) - modules:
         del sys.modules[name]
@@ -59,6 +65,60 @@ def test_the_snapshot_comes_before_an_installed_package_of_that_name(tmp_path: P
     write(snapshot, "job_y.py", "import mine_lib\ndef train(trial): return mine_lib.WHO")
     sys.path.insert(0, str(elsewhere))
     assert load_job(snapshot, "job_y.py").train(None) == "snapshot"
+
+
+class Editable:
+    """Finds one module where an editable install says that it is, as setuptools does for most layouts."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name != self.name:
+            return None
+        folders = [str(self.path.parent)] if self.path.stem == "__init__" else None
+        return importlib.util.spec_from_file_location(name, self.path, submodule_search_locations=folders)
+
+
+@pytest.mark.parametrize("how", ["on the path", "gone since", "found"])
+def test_the_snapshot_comes_before_an_editable_install(tmp_path: Path, how: str) -> None:
+    live, paths = tmp_path / "live", SweepPaths(tmp_path / "sweep")
+    for name in ("mine_lib.py", "mine_inner/__init__.py", "mine_inner/part.py"):
+        write(live / "src", name, "WHO = 'then'")
+    write(
+        live,
+        "job_v.py",
+        "from mine_inner import part\nimport mine_lib\ndef train(trial): return mine_lib.WHO + part.WHO",
+    )
+    paths.root.mkdir()
+    paths.origin.write_text(str(live))
+    code.survey(None, live).copy(paths.code)
+    for name in ("mine_lib.py", "mine_inner/part.py"):
+        write(live / "src", name, "WHO = 'now'")
+    write(live / "src", "mine_inner/built.py", "")  # which the snapshot lacks, as it does what git ignores
+    if how != "found":
+        sys.path.insert(0, str(live / "src"))
+    else:
+        sys.meta_path.append(Editable("mine_lib", live / "src/mine_lib.py"))
+        sys.meta_path.append(Editable("mine_inner", live / "src/mine_inner/__init__.py"))
+    if how == "gone since":
+        (live / "src/mine_lib.py").unlink()
+    assert load_job(paths.code, "job_v.py", code.Lineage.of(paths)).train(None) == "thenthen"
+    assert importlib.import_module("mine_inner.built").__file__ == str(live / "src/mine_inner/built.py")
+
+
+def test_jobs_of_two_sweeps_in_one_process_each_come_from_their_own_snapshot(tmp_path: Path) -> None:
+    live = tmp_path / "live"
+    sys.path.insert(0, str(live))
+    for number in (1, 2):
+        write(live, f"mine_part{number}.py", f"WHO = {number}")
+        write(live, f"job_u{number}.py", f"import mine_part{number} as part\ndef train(trial): return part.__file__")
+        paths = SweepPaths(tmp_path / f"sweep{number}")
+        paths.root.mkdir()
+        paths.origin.write_text(str(live))
+        code.survey(None, live).copy(paths.code)
+        job = load_job(paths.code, f"job_u{number}.py", code.Lineage.of(paths))
+        assert job.train(None) == str(paths.code / f"mine_part{number}.py")
 
 
 def test_a_file_named_like_a_module_of_ours_hides_nothing(tmp_path: Path) -> None:

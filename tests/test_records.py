@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,18 +101,33 @@ def test_a_durable_line_waits_for_the_disk(paths: SweepPaths) -> None:
 
 def test_after_a_short_write_another_file_is_started(paths: SweepPaths) -> None:
     writer = RecordWriter(paths, {"host": "n1"})
-    writer.append(start(trial=0, attempt=0))
+    writer.append(start(trial=0, attempt=0), {"kind": "beat"})
     first = paths.record(writer.writer)
-    with no_room_after(first.stat().st_size + 10):  # room for a new file of one line, not for two in this one
+    with no_room_after(first.stat().st_size + 40):  # room for a new file of one line, not for two in this one
         writer.append(start(trial=1, attempt=0))
     assert paths.record(writer.writer) != first
     assert not first.read_bytes().endswith(b"\n")
     lines = {path: [store.unchecked(line) for _, line in store.lines(path)] for path in paths.records.iterdir()}
-    assert [line["kind"] for line in lines[first] if line] == ["writer", "start"]
+    assert [line["kind"] for line in lines[first] if line] == ["writer", "start", "beat"]
     assert [(line["kind"], line.get("trial")) for line in lines[paths.record(writer.writer)] if line] == [
         ("writer", None),
         ("start", 1),
     ]
+    (_, line), *_ = store.lines(paths.record(writer.writer))
+    assert json.loads(line)["continues"] == first.stem
+
+
+def test_a_writer_that_found_no_room_at_all_goes_on_once_there_is_some(paths: SweepPaths) -> None:
+    writer = RecordWriter(paths, {})
+    first = writer.writer
+    with no_room_after(1), pytest.raises(OrcError):
+        writer.append(start(trial=0, attempt=0))
+    other = (paths.root / "other").open("wb")  # may get the number of the file that was closed
+    writer.append(start(trial=1, attempt=0))
+    other.close()
+    (_, line), (_, second) = store.lines(paths.record(writer.writer))
+    assert (json.loads(line)["continues"], json.loads(second)["trial"]) == (first, 1)
+    assert (paths.root / "other").read_bytes() == b""
 
 
 def test_a_disk_without_any_room_is_an_error_that_names_a_record_file(paths: SweepPaths) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from test_fold import WRITERS, put
 
 from orchestrator import reducer, store
 from orchestrator.errors import OrcError
+from orchestrator.fold import Fold
 from orchestrator.paths import SweepPaths
+from orchestrator.plan import PlanFile
 from orchestrator.records import Status, outcome
 from orchestrator.store import JsonObject
 
@@ -129,6 +132,61 @@ def test_a_record_that_appears_while_it_writes_is_in_the_summary(
     monkeypatch.setattr(store, "write", late)
     code, found = reduced(paths)
     assert (code, found["missing"]) == (0, 0)
+
+
+def test_it_ends_beside_a_busy_writer(paths: SweepPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(paths, WRITERS[0], done(0))
+    busy = store.AppendFile(paths.record(WRITERS[1]))
+    write, written = store.write, []
+
+    def beside(path: Path, data: bytes) -> None:
+        write(path, data)
+        written.append(data)
+        busy.append({"kind": "beat"})
+
+    monkeypatch.setattr(store, "write", beside)
+    assert reducer.reduce(paths, wait_s=0.0) == 4
+    assert len(written) == 1
+    busy.close()
+
+
+def test_it_ends_although_every_look_shows_something_new(paths: SweepPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = store.AppendFile(paths.record(WRITERS[1]))
+    write, written = store.write, []
+
+    def beside(path: Path, data: bytes) -> None:
+        write(path, data)
+        written.append(data)
+        assert len(written) < 100
+        busy.append(done(0, 1000.0 - len(written)))
+
+    monkeypatch.setattr(store, "write", beside)
+    assert reducer.reduce(paths, wait_s=0.0) == 4
+    busy.close()
+
+
+def test_a_summary_is_current_only_while_it_says_what_the_records_say(paths: SweepPaths) -> None:
+    plan, fold = PlanFile.open(paths.plan), Fold(paths, NUM)
+    put(paths, WRITERS[0], done(0))
+    fold.update()
+    assert not reducer.is_reduced(paths, plan, fold)
+    reduced(paths)
+    assert reducer.is_reduced(paths, plan, fold)
+    put(paths, WRITERS[1], done(1))
+    fold.update()
+    assert not reducer.is_reduced(paths, plan, fold)
+
+
+def test_what_killed_writers_left_goes_when_nothing_is_alive(paths: SweepPaths) -> None:
+    left = [paths.root / ".summary.json.0123456789ab", paths.models / ".1-ab.safetensors.0123456789ab"]
+    stay = [paths.root / ".submit.lock", paths.root / ".summary.json.ba9876543210", paths.models / "1-ab.safetensors"]
+    for path in (*left, *stay):
+        path.touch()
+    os.utime(left[0], (0, 0))
+    reducer.reduce(paths, wait_s=0.0, alone=False)
+    assert all(path.exists() for path in left)
+    reducer.reduce(paths, wait_s=0.0, alone=True)
+    assert [path.exists() for path in (*left, *stay)] == [False, False, True, True, True]
 
 
 def test_a_full_disk_keeps_the_old_summary(paths: SweepPaths) -> None:

@@ -12,7 +12,7 @@ LEAVE_REQUEUED = Decision(Cause.PREEMPTED, Action.LEAVE)
 PREEMPTED = Decision(Cause.PREEMPTED, Action.REQUEUE)
 TIMEOUT = Decision(Cause.TIMEOUT, Action.REQUEUE)
 BY_HAND = Decision(Cause.SIGNAL, Action.GO_ON)
-UNKNOWN = Decision(Cause.UNKNOWN, Action.GO_ON)
+UNKNOWN = Decision(Cause.NOTICE, Action.FINISH)
 
 
 def situation(state: str, *, preempted: bool = False, restarts: int = 0, left_s: float | None = 5000.0) -> Situation:
@@ -40,6 +40,25 @@ def situation(state: str, *, preempted: bool = False, restarts: int = 0, left_s:
 )
 def test_the_table(found: Situation | None, decision: Decision) -> None:
     assert decide(found, own_restarts=0, notice_s=100.0) == decision
+
+
+@pytest.mark.parametrize(
+    ("decisions", "holds"),
+    [
+        ([BY_HAND], None),
+        ([BY_HAND, PREEMPTED], PREEMPTED),
+        ([PREEMPTED, BY_HAND, UNKNOWN], PREEMPTED),
+        ([PREEMPTED, LEAVE_CANCELLED], LEAVE_CANCELLED),
+        ([LEAVE_CANCELLED, PREEMPTED], LEAVE_CANCELLED),
+        ([UNKNOWN, TIMEOUT], TIMEOUT),
+        ([TIMEOUT, PREEMPTED], TIMEOUT),
+    ],
+)
+def test_a_later_notice_only_makes_it_stricter(decisions: list[Decision], holds: Decision | None) -> None:
+    found = None
+    for decision in decisions:
+        found = decision if decision.replaces(found) else found
+    assert found == holds
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "TIMEOUT", "FAILED", "", "ANYTHING", "COMPLETED"])

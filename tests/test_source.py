@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweeps import Clock
+from sweeps import Clock, no_room_after
 
 from orchestrator.claims import Block, Claims, Growth
 from orchestrator.fold import Fold
 from orchestrator.paths import SweepPaths
-from orchestrator.records import Cause, RecordWriter, Status, end, outcome, start
+from orchestrator.records import Cause, RecordWriter, Status, end, notice, outcome, start
 from orchestrator.source import Ready, Source, Succession
 from orchestrator.store import JsonObject
 
@@ -191,6 +191,44 @@ def test_failed_trials_run_again_only_when_asked(house: House, retry_failed: boo
         house.writer("second"), 1, submission="second", superseded=frozenset({"first"}), retry_failed=retry_failed
     )
     assert trials(list(source)[-1]) == again
+
+
+def test_a_trial_that_fails_again_alike_is_not_run_a_third_time(house: House) -> None:
+    """Of two failures that are equal, the first one is the kept one."""
+    house.lost().append(complete(0, Status.FAILED), complete(1), complete(2))
+    known = {"submission": "second", "superseded": frozenset({"first"}), "retry_failed": True}
+    house.writer("second").append(complete(0, Status.FAILED))
+    late = house.source(house.writer("second"), 0, **known)
+    assert trials([ready for block in late for ready in block]) == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_writer_that_had_to_change_files_keeps_its_block(house: House) -> None:
+    holder = house.lost(0)
+    first = house.paths.record(holder.writer)
+    with no_room_after(first.stat().st_size + 10):
+        holder.append({"kind": "beat", "much": "x" * 20})
+    assert house.paths.record(holder.writer) != first
+    source = house.source(house.writer(), 1)
+    seen: list[int] = []
+    for second in range(1, 40, 4):
+        house.clock.now = float(second)
+        holder.append({"kind": "beat"})
+        seen += trials(source.next())
+    assert seen == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_preemptions_are_no_fault_of_the_trial_whoever_takes_over(house: House) -> None:
+    for restarts in range(6):
+        writer = house.writer(job="7_3", restarts=restarts)
+        house.source(writer, job="7_3", restarts=restarts)._claims.take(Block(0, 2), restarts)
+        writer.append(start(trial=0, attempt=restarts))
+    writer.append(notice(signal="SIGTERM", state="RUNNING", action="preempted: finish or stop, then requeue"))
+    observers = [
+        house.source(house.writer(job="7_3", restarts=6), 1, job="7_3", restarts=6),
+        house.source(house.writer(job="7_4"), 1, job="7_4"),
+        house.source(house.writer("second", job="9_0"), 1, submission="second", superseded=frozenset({"first"})),
+    ]
+    assert {+source._ready(0).charges[cause] for source in observers for cause in (Cause.UNKNOWN, Cause.SIGNAL)} == {0}
 
 
 def test_a_trial_that_fails_again_is_not_run_a_third_time(house: House) -> None:

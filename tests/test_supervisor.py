@@ -191,12 +191,27 @@ def test_a_retry_goes_on_from_the_checkpoint_of_the_attempt_before(tmp_path: Pat
     assert folders == [str(paths.checkpoint(0) / f"attempt-{i}") for i in range(3)]
 
 
-def test_exit_75_goes_on_later_and_is_charged_to_nobody(tmp_path: Path) -> None:
+def test_exit_75_without_a_notice_is_tried_again(tmp_path: Path) -> None:
     script = f'[ -e "$ORC_CHECKPOINT/n" ] || {{ touch "$ORC_CHECKPOINT/n"; exit 75; }}; {HALF}'
     paths = make(tmp_path, script, trials=2)
     assert run(paths)[0] == 0
     assert counts(paths) == {"complete": 2}
-    assert ends(paths) == [(0, 0, "preempted"), (1, 0, "preempted")]
+    assert ends(paths) == [(0, 0, "unknown"), (1, 0, "unknown")]
+
+
+def test_exit_75_without_a_notice_is_not_tried_for_ever(tmp_path: Path) -> None:
+    paths = make(tmp_path, "exit 75", trials=1, retries=Retries(unknown=1))
+    assert run(paths)[0] == 0
+    assert ends(paths) == [(0, 0, "unknown"), (0, 1, "unknown")]
+    assert failure(paths, 0) == "left with exit code 75, to go on later"
+
+
+@pytest.mark.parametrize("victim", ["$$", "$PPID"])
+def test_a_signal_without_a_name_is_charged_like_any_other(tmp_path: Path, victim: str) -> None:
+    paths = make(tmp_path, f"[ $ORC_TRIAL = 0 ] && kill -40 {victim} && sleep 9; {HALF}", trials=2)
+    assert run(paths)[0] == 0
+    assert failure(paths, 0) == "killed by signal 40"
+    assert counts(paths) == {"complete": 1, "failed": 1}
 
 
 def test_a_trial_that_takes_its_worker_down_each_time_is_given_up(tmp_path: Path) -> None:
@@ -317,6 +332,30 @@ def test_failed_trials_run_again_when_a_submission_says_so(tmp_path: Path) -> No
     assert fold(paths).disagreements == []
 
 
+def test_two_workers_that_die_at_once_cost_their_trials_alone(tmp_path: Path) -> None:
+    paths = make(tmp_path, f'echo $PPID > "$ORC_SWEEP/logs/worker-$ORC_TRIAL"; {WAITS}', trials=4)
+    with started(paths, "--slots", "2") as process:
+        began(paths, 0)
+        began(paths, 1)
+        process.send_signal(signal.SIGSTOP)  # so that it learns of both at the same time
+        workers = [int((paths.logs / f"worker-{trial}").read_text()) for trial in (0, 1)]
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        until(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+        let_go(paths)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0
+    assert ends(paths) == [(0, 0, "signal"), (1, 0, "signal")]
+    assert counts(paths) == {"complete": 4}
+
+
+def test_a_cancelled_submission_starts_nothing(tmp_path: Path) -> None:
+    paths = make(tmp_path)
+    paths.cancelled.write_text("0")
+    assert run(paths)[0] == 75
+    assert records(paths, "start") == []
+
+
 # Notices
 
 
@@ -402,6 +441,155 @@ def test_a_notice_that_the_batch_script_got_is_passed_on(tmp_path: Path) -> None
     assert (tmp_path / "on").exists()
 
 
+def test_an_acknowledgement_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
+    paths = make(tmp_path, WAITS, trials=1)
+    with started(paths, env={"ORC_ACK": "/no/such/folder/ack"}) as process:
+        began(paths, 0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert ends(paths) == [(0, 0, "cancelled")]
+
+
+class Controller:
+    """A scontrol that says what a test wants of job 77, and notes what it was asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.env = {"SLURM_JOB_ID": "77", "SCENE": str(folder), "PATH": f"{folder}:{os.environ['PATH']}"}
+        (folder / "scontrol").write_text(SCONTROL)
+        (folder / "scontrol").chmod(0o755)
+
+    def say(self, state: str, *, restarts: int = 0, preempted: bool = False, comment: str = f"orc:{TOKEN}:w") -> None:
+        when = "2030-01-01T00:00:00" if preempted else "None"
+        text = f"JobId=77 JobName=j JobState={state} Restarts={restarts} RunTime=00:00:01 TimeLimit=01:00:00"
+        (self.folder / "new").write_text(f"{text} PreemptTime={when} Comment={comment}\n")
+        (self.folder / "new").rename(self.folder / "job")
+
+    def after_requeue(self, state: str) -> None:
+        """What a requeue that works makes of the job."""
+        self.say(state, restarts=1)
+        (self.folder / "job").rename(self.folder / "requeued")
+
+    @property
+    def requeues(self) -> int:
+        calls = self.folder / "calls"
+        return calls.read_text().split().count("requeue") if calls.exists() else 0
+
+
+SCONTROL = """#!/bin/sh
+echo "$*" >> "$SCENE/calls"
+case "$*" in
+  *"show job"*) cat "$SCENE/job" ;;
+  requeue*) [ -e "$SCENE/refuse" ] && { rm "$SCENE/refuse"; exit 1; }; mv "$SCENE/requeued" "$SCENE/job" ;;
+esac
+"""
+
+
+@pytest.fixture
+def controller(tmp_path: Path) -> Controller:
+    folder = tmp_path / "controller"
+    folder.mkdir()
+    return Controller(folder)
+
+
+def noticed(paths: SweepPaths, process: subprocess.Popen[str], number: int = 1) -> None:
+    """Send the supervisor a notice, and wait until it has judged it."""
+    process.send_signal(signal.SIGTERM)
+    until(lambda: len(records(paths, "notice")) == number)
+
+
+STUBBORN = f"trap '' TERM; {WAITS}"
+
+
+def test_a_preempted_job_finishes_what_runs_and_is_requeued_once(tmp_path: Path, controller: Controller) -> None:
+    controller.after_requeue("PENDING")
+    controller.say("RUNNING", preempted=True)
+    paths = make(tmp_path, STUBBORN, trials=2)
+    with started(paths, env=controller.env) as process:
+        began(paths, 0)
+        noticed(paths, process)
+        let_go(paths)
+        assert process.wait(60) == 75
+    assert controller.requeues == 1
+    assert counts(paths) == {"complete": 1, "missing": 1}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_job_that_is_cancelled_while_it_finishes_is_not_requeued(
+    tmp_path: Path, controller: Controller, told: bool
+) -> None:
+    controller.say("RUNNING", preempted=True)
+    paths = make(tmp_path, STUBBORN, trials=2)
+    with started(paths, env=controller.env) as process:
+        began(paths, 0)
+        noticed(paths, process)
+        controller.say("COMPLETING")
+        if told:
+            noticed(paths, process, 2)
+        let_go(paths)
+        assert process.wait(60) == 75
+    assert controller.requeues == 0
+
+
+def test_a_requeue_that_fails_is_tried_again(tmp_path: Path, controller: Controller) -> None:
+    controller.after_requeue("PENDING")
+    controller.say("RUNNING", preempted=True)
+    (controller.folder / "refuse").touch()
+    paths = make(tmp_path, WAITS, trials=2)
+    with started(paths, env=controller.env) as process:
+        began(paths, 0)
+        noticed(paths, process)
+        assert process.wait(60) == 75
+    assert controller.requeues == 2
+
+
+def test_a_requeue_that_never_works_is_written_down(tmp_path: Path, controller: Controller) -> None:
+    controller.say("RUNNING", preempted=True)
+    paths = make(tmp_path, WAITS, trials=2, notice_s=1)
+    with started(paths, env=controller.env) as process:
+        began(paths, 0)
+        noticed(paths, process)
+        assert process.wait(60) == 75
+    assert controller.requeues == 3
+    assert records(paths, "notice")[-1]["action"] == "preempted: leaves without a requeue that Slurm confirms"
+    assert fold(paths).charges(0)[Cause.UNKNOWN] == 0
+
+
+SAVES = f"trap 'sleep 0.3; exit 143' TERM; {WAITS}"
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+def test_without_an_answer_a_notice_is_not_charged_to_the_trial(
+    tmp_path: Path, controller: Controller, foreign: bool
+) -> None:
+    """Neither when Slurm says nothing, nor when it speaks of a job that isn't ours."""
+    if foreign:
+        controller.say("RUNNING", preempted=True, comment="another's")
+    paths = make(tmp_path, SAVES, trials=2, notice_s=1)
+    with started(paths, env=controller.env) as process:
+        began(paths, 0)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert ends(paths) == [(0, 0, "notice")]
+    assert counts(paths) == {"missing": 2}
+    assert controller.requeues == 0
+    assert fold(paths).charges(0)[Cause.UNKNOWN] == 0
+
+
+def test_without_an_answer_a_job_stays_until_one_comes(tmp_path: Path, controller: Controller) -> None:
+    controller.after_requeue("PENDING")
+    (controller.folder / "requeued").rename(controller.folder / "later")
+    paths = make(tmp_path, SAVES, trials=2)
+    with started(paths, env=controller.env) as process:
+        began(paths, 0)
+        noticed(paths, process)
+        until(lambda: len((controller.folder / "calls").read_text().splitlines()) > 3)  # three tries are one question
+        (controller.folder / "later").rename(controller.folder / "requeued")
+        controller.say("RUNNING", preempted=True)
+        assert process.wait(60) == 75
+    assert controller.requeues == 1
+
+
 # The same bytes
 
 
@@ -455,6 +643,13 @@ def test_a_program_finds_its_variables_and_parameters(tmp_path: Path) -> None:
     assert counts(paths) == {"complete": 2}
 
 
+@pytest.mark.parametrize(("env", "seed"), [({}, "0"), ({"PYTHONHASHSEED": "7"}, "7")])
+def test_texts_have_the_same_hash_in_every_run(tmp_path: Path, env: dict[str, str], seed: str) -> None:
+    paths = make(tmp_path, f'echo "$PYTHONHASHSEED" > "$ORC_SWEEP/logs/seed"; {HALF}', trials=1, env=env)
+    run(paths, env={"PYTHONHASHSEED": "random"})
+    assert (paths.logs / "seed").read_text() == f"{seed}\n"
+
+
 HOSTILE = [
     "a\nb",
     "$(touch HERE)",
@@ -488,11 +683,7 @@ def test_hostile_values_are_carried_literally(tmp_path: Path) -> None:
     )
     code, said = run(paths, cwd=tmp_path)
     assert (code, counts(paths)) == (0, {"complete": len(HOSTILE)}), said
-    text = (tmp_path / "seen-").read_text()
-    decoder, position, seen = json.JSONDecoder(), 0, []
-    while position < len(text):
-        value, position = decoder.raw_decode(text, position)
-        seen.append(value)
+    seen = [json.loads((tmp_path / f"seen-{trial}").read_text()) for trial in range(len(HOSTILE))]
     for value, (argv, params) in zip(HOSTILE, seen, strict=True):
         assert params == {"x": value}
         assert json.loads(argv[2]) == {"x": value}

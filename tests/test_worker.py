@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,7 @@ from orchestrator import worker as workers
 from orchestrator.channel import Channel
 from orchestrator.job import Job
 from orchestrator.paths import SweepPaths
+from orchestrator.settings import Settings
 from orchestrator.store import JsonObject
 from orchestrator.worker import Worker
 
@@ -34,10 +37,10 @@ from orchestrator.worker import Worker
 def process_as_before() -> Iterator[None]:
     """A worker owns its process; here it is pytest's."""
     cwd, environment, threads = Path.cwd(), dict(os.environ), torch.get_num_threads()
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    settings, numbers = Settings(), (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     handlers = {number: signal.getsignal(number) for number in numbers}
     yield
-    workers.reset(0, threads, cwd, environment)
+    workers.reset(0, threads, cwd, environment, settings)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -86,6 +89,7 @@ def everything_random(trial: orc.Trial, *, width: int = 4) -> None:
     assert Path.cwd() == Path(os.environ["EXPECTED"])
     assert "LEFT" not in os.environ
     assert torch.get_num_threads() == 1
+    assert torch.backends.mkldnn.enabled
     assert warnings.filters != []
     trial.report(val_loss=trial.net[2].weight.detach().double().sum().item() + torch.rand(1).item())  # type: ignore[index,operator]
 
@@ -102,6 +106,7 @@ def leave_a_mess(trial: orc.Trial) -> None:
     torch.set_float32_matmul_precision("medium")
     torch.set_flush_denormal(True)
     torch.autograd.set_detect_anomaly(True)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property of the module
     np.seterr(all="raise")
     random.seed(1)
     np.random.seed(1)
@@ -132,8 +137,9 @@ def test_a_trial_is_the_same_first_tenth_and_alone(paths: SweepPaths, monkeypatc
 
 
 def test_reset_gives_the_settings_of_a_fresh_process(tmp_path: Path) -> None:
+    fresh = Settings()
     leave_a_mess(orc.Trial(index=0, params={}, seed=0, metric=sweeps.Metric(), emit=lambda _: None))
-    workers.reset(3, 1, tmp_path, {"ONLY": "this"})
+    workers.reset(3, 1, tmp_path, {"ONLY": "this"}, fresh)
     assert (Path.cwd(), dict(os.environ)) == (tmp_path, {"ONLY": "this"})
     assert (torch.get_default_dtype(), torch.empty(1).device.type) == (torch.float32, "cpu")
     assert torch.is_grad_enabled()
@@ -218,7 +224,7 @@ def test_a_full_disk_is_not_the_trials_fault(paths: SweepPaths) -> None:
 
     with no_room_after(100):
         (found,) = outcomes(answers(paths, job, message(), build=build))
-    assert found.keys() == {"broken"}
+    assert found.keys() == {"index", "attempt", "broken"}
     assert str(paths.models) in found["broken"]
     assert sweeps.names(paths.models) == []
 
@@ -228,7 +234,27 @@ def test_a_job_that_finds_no_room_is_not_charged_for_it(paths: SweepPaths) -> No
         raise OSError(errno.ENOSPC, "No space left on device", "/data/cache")
 
     (found,) = outcomes(answers(paths, job, message()))
-    assert found == {"broken": "[Errno 28] No space left on device: '/data/cache'"}
+    assert found["broken"] == "[Errno 28] No space left on device: '/data/cache'"
+
+
+def test_a_notice_that_came_first_is_known_to_the_trial(paths: SweepPaths) -> None:
+    def job(trial: orc.Trial) -> float:
+        return float(trial.should_stop)
+
+    (found,) = outcomes(answers(paths, job, message(), {"notice": True}))
+    assert found["payload"]["value"] == 1.0
+
+
+def test_what_a_thread_of_an_earlier_trial_reports_carries_that_trials_name(paths: SweepPaths) -> None:
+    first: list[orc.Trial] = []
+
+    def job(trial: orc.Trial) -> float:
+        first.append(trial)
+        first[0].report(acc=1.0)
+        return 2.0
+
+    found = answers(paths, job, message(0), message(1))
+    assert [line["index"] for line in found if "report" in line and "acc" in line["report"]["metrics"]] == [0, 0]
 
 
 # With real processes
@@ -280,3 +306,167 @@ def test_a_program_that_cannot_be_imported_ends_the_supervisor_by_name(tmp_path:
     assert code == 2
     assert "the program can't be imported on this machine: ModuleNotFoundError: No module named" in said
     assert sweeps.counts(paths) == {"missing": 3}
+
+
+def sweep_of(tmp_path: Path, job: str, trials: int = 3, **options: Any) -> SweepPaths:
+    return sweeps.folder(tmp_path, sweeps.spec(program="train.py", trials=trials, **options), job)
+
+
+SCRIPT_IN_A_FORK = """
+import os
+def train(trial, *, x):
+    child = os.fork()
+    if child == 0:
+        raise SystemExit(x)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == x
+    return x
+"""
+FORK_THAT_COMES_BACK = """
+import os, threading, time
+def train(trial, *, x):
+    gone, told = os.pipe()
+    def late():
+        os.read(gone, 1)
+        trial.report(val_loss=1000.0)
+    threading.Thread(target=late, daemon=True).start()
+    if os.fork() == 0:
+        os.close(told)
+        trial.report(val_loss=2000.0)
+        return 2000.0
+    threading.Timer(0.1, os.close, [told]).start()
+    return x
+"""
+
+
+@pytest.mark.parametrize("job", [SCRIPT_IN_A_FORK, FORK_THAT_COMES_BACK])
+def test_nothing_that_a_trial_leaves_counts_for_another(tmp_path: Path, job: str) -> None:
+    paths = sweep_of(tmp_path, job, trials=4)
+    code, said = sweeps.run(paths)
+    assert (code, list(sweeps.fold(paths).values)) == (0, [0.0, 1.0, 2.0, 3.0]), said
+    assert all(line["metrics"] == {"val_loss": line["trial"]} for line in sweeps.records(paths, "report"))
+
+
+HELPER_AT_IMPORT = """
+import subprocess, time
+from pathlib import Path
+helper = subprocess.Popen(["sleep", "0.5"])
+def train(trial, *, x):
+    limit = time.monotonic() + 20
+    while Path(f"/proc/{helper.pid}").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    return x
+"""
+
+
+def test_a_process_that_the_program_starts_when_imported_may_end(tmp_path: Path) -> None:
+    paths = sweep_of(tmp_path, HELPER_AT_IMPORT)
+    code, said = sweeps.run(paths)
+    assert (code, sweeps.counts(paths)) == (0, {"complete": 3}), said
+    assert sweeps.records(paths, "end") == []
+
+
+FINDS_NO_ROOM = """
+import errno, os
+from pathlib import Path
+def train(trial, *, x):
+    if x == 1 and Path(__file__).with_name("full").exists():
+        raise OSError(errno.ENOSPC, "No space left on device", "/scratch")
+    return x
+"""
+
+
+def test_a_full_disk_is_charged_to_no_trial(tmp_path: Path) -> None:
+    paths = sweep_of(tmp_path, FINDS_NO_ROOM, trials_per_task=3)
+    (paths.code / "full").touch()
+    code, said = sweeps.run(paths)
+    assert (code, "No space left on device" in said) == (1, True)
+    assert [(line["trial"], line["begun"]) for line in sweeps.records(paths, "end")] == [(1, False), (2, False)]
+    assert sum(sweeps.fold(paths).charges(1).values()) == 0
+
+
+DAEMONS = """
+import os, time
+def train(trial, *, x):
+    if x == 1 and trial.attempt == 0:
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            os.closerange(0, 3)
+            time.sleep(60)
+            os._exit(0)
+        os.system(f"setsid sleep 60 > /dev/null 2>&1 & echo {pid} $! > {__file__}.pids")
+        os.abort()
+    return x
+"""
+
+
+def test_a_daemon_that_a_dead_worker_left_holds_nobody_up(tmp_path: Path) -> None:
+    paths = sweep_of(tmp_path, DAEMONS)
+    with sweeps.started(paths) as process:
+        try:
+            assert process.wait(40) == 0
+        finally:
+            for pid in (paths.code / "train.py.pids").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+    assert sweeps.counts(paths) == {"complete": 3}
+
+
+# Programs with threads, which can't be forked
+
+WITH_A_THREAD = """
+import subprocess, sys, threading, time
+from pathlib import Path
+threading.Thread(target=time.sleep, args=(999,), daemon=True).start()
+here = Path(__file__).parent
+def train(trial, *, x):
+    if (here / "dies").exists():
+        (here / "dies").unlink()
+        __import__("os").abort()
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", __file__])
+    (here / f"began-{x}").touch()
+    while not (here / "go").exists():
+        time.sleep(0.02)
+    return 5.0 if trial.should_stop else x
+"""
+
+
+def test_a_program_with_threads_is_run_in_peace(tmp_path: Path) -> None:
+    """A crash costs its attempt, the supervisor has nothing to do while a trial runs, and nothing is left."""
+    paths = sweep_of(tmp_path, WITH_A_THREAD, trials=1)
+    (paths.code / "dies").touch()
+    with sweeps.started(paths) as process:
+        sweeps.until((paths.code / "began-0").exists)
+        before, began = cpu_s(process.pid), time.monotonic()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        assert cpu_s(process.pid) - before < 0.5 * (time.monotonic() - began)
+        (paths.code / "go").touch()
+        assert process.wait(60) == 0
+    assert [line["detail"] for line in sweeps.records(paths, "end")] == ["killed by SIGABRT"]
+    assert sweeps.counts(paths) == {"complete": 1}
+    sweeps.until(lambda: not sweeps.left_running(paths))
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_killed_supervisor_takes_a_program_with_threads_along(tmp_path: Path) -> None:
+    paths = sweep_of(tmp_path, WITH_A_THREAD, trials=1)
+    with sweeps.started(paths) as process:
+        sweeps.until((paths.code / "began-0").exists)
+        process.kill()
+    sweeps.until(lambda: not sweeps.left_running(paths))
+
+
+def test_a_program_with_threads_hears_of_a_notice(tmp_path: Path) -> None:
+    paths = sweep_of(tmp_path, WITH_A_THREAD, trials=2)
+    env = {"SLURM_JOB_ID": "77", "PATH": "/nowhere"}  # no answer, so what runs is finished
+    with sweeps.started(paths, env=env) as process:
+        sweeps.until((paths.code / "began-0").exists)
+        process.send_signal(signal.SIGTERM)
+        sweeps.until(lambda: sweeps.records(paths, "notice"))
+        (paths.code / "go").touch()
+        sweeps.until(lambda: sweeps.records(paths, "outcome"))
+    assert sweeps.fold(paths).values[0] == 5.0

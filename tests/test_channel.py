@@ -1,0 +1,94 @@
+"""Messages between a supervisor and its children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from orchestrator.channel import Channel, serve
+from orchestrator.children import Worker
+from orchestrator.store import JsonObject
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, Channel]]:
+    ours, theirs = socket.socketpair()
+    ends = Channel(ours), Channel.from_fd(theirs.detach())
+    yield ends
+    for end in ends:
+        end.close()
+
+
+def test_a_fork_has_no_say_and_holds_nothing_open(pair: tuple[Channel, Channel]) -> None:
+    ours, theirs = pair
+    wait, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        theirs.send({"from": "a fork"})
+        os.close(go)
+        os.read(wait, 1)
+        os._exit(0)
+    theirs.send({"from": "its parent"})
+    theirs.close()
+    assert list(ours.receive()) == [{"from": "its parent"}]
+    assert list(ours.receive()) == []
+    assert ours.closed
+    os.close(go)
+    os.close(wait)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_what_this_process_starts_does_not_inherit_its_end(pair: tuple[Channel, Channel]) -> None:
+    assert not os.get_inheritable(pair[1].fileno())
+
+
+def test_descriptors_that_come_along_are_not_inherited(pair: tuple[Channel, Channel]) -> None:
+    ours, theirs = pair
+    ours.send({"n": 1}, (0,))
+    messages, (fd,) = theirs.receive_with_fds()
+    assert (messages, os.get_inheritable(fd)) == ([{"n": 1}], False)
+    os.close(fd)
+
+
+def test_the_rest_of_a_dead_peer_is_read_without_waiting_for_an_end(pair: tuple[Channel, Channel]) -> None:
+    ours, theirs = pair
+    theirs.send({"n": 1})
+    theirs.send({"n": 2})
+    assert list(ours.receive_rest()) == [{"n": 1}, {"n": 2}]
+    assert ours.closed
+
+
+def test_every_answer_names_its_trial_and_notices_come_first(pair: tuple[Channel, Channel]) -> None:
+    ours, theirs = pair
+    seen: list[str] = []
+
+    def attempt(message: JsonObject, _: object) -> JsonObject:
+        seen.append(str(message["index"]))
+        return {"outcome": "complete"}
+
+    for trial in (3, 4):
+        ours.send({"index": trial, "attempt": trial + 1})
+    ours.send({"notice": True})
+    ours.close()
+    serve(theirs, attempt, lambda: seen.append("notice"))
+    assert seen == ["notice", "3", "4"]
+
+
+def test_a_worker_that_only_starts_is_told_by_message_and_by_signal_once_it_can_be(
+    pair: tuple[Channel, Channel],
+) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+    try:
+        worker = Worker(0, pair[0])
+        worker.tell()
+        assert heard == []
+        worker.has_pid(os.getpid())
+        assert heard == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert list(pair[1].receive()) == [{"notice": True}]
