@@ -69,8 +69,7 @@ class Exited:
 class Children:
     """Starts workers and tells how they ended.
 
-    The preloaded parent starts with this object and imports while the supervisor goes on; workers can be started once
-    `ready` is true.
+    After `open`, the preloaded parent imports while the supervisor goes on; workers can be started once it is `ready`.
 
     Args:
         paths: the sweep.
@@ -90,7 +89,18 @@ class Children:
         self.workers: dict[int, Worker] = {}
         self.ready = False
         self._forks = True
-        self._server, self.channel = self._spawn()
+        self._server: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+
+    def open(self) -> None:
+        """Start the preloaded parent."""
+        self._server, self._channel = self._spawn()
+
+    @property
+    def channel(self) -> Channel:
+        """To the preloaded parent, once it was started."""
+        assert self._channel is not None
+        return self._channel
 
     def _spawn(self, *extra: str) -> tuple[subprocess.Popen[bytes], Channel]:
         ours, theirs = socket.socketpair()
@@ -151,6 +161,7 @@ class Children:
             worker.has_pid(int(str(message["pid"])))
 
     def _server_end(self) -> str:
+        assert self._server is not None
         code = self._server.wait()
         return f"was killed by {name_of(-code)}" if code < 0 else f"left with exit code {code}"
 
@@ -168,6 +179,8 @@ class Children:
 
     def stop(self, grace_s: float = 2.0) -> None:
         """End every worker and the preloaded parent, and wait for them."""
+        if self._server is None:
+            return
         for worker in self.workers.values():
             worker.channel.close()
         self.channel.close()

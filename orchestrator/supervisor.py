@@ -102,7 +102,7 @@ class Supervisor:
         self._plan = PlanFile.open(options.paths.plan)
         self._spec = self._plan.spec
         self._children = Children(options.paths, _environment(self._plan), self._log_of)
-        self._import_by = time.monotonic() + self._spec.launch.import_timeout_s
+        self._import_by = 0.0
         self._writer = self._open_writer()
         self._source = self._open_source()
         self._podium = models.Podium(self._spec.metric, self._spec.reduce.top)
@@ -159,7 +159,9 @@ class Supervisor:
         _let_workers_run()
         try:
             self._selector.register(self._signals, selectors.EVENT_READ, self._on_signals)
-            self._selector.register(self._children.channel, selectors.EVENT_READ, self._on_children)
+            self._fetch()
+            if not self._is_done():
+                self._open_children()
             while not self._is_done():
                 self._assign()
                 self._wait()
@@ -171,6 +173,12 @@ class Supervisor:
             self._children.stop()
             self._writer.close()
             self._let_go_of_files()
+
+    def _open_children(self) -> None:
+        """Import the program: seconds that a worker who found nothing to do never spends."""
+        self._children.open()
+        self._import_by = time.monotonic() + self._spec.launch.import_timeout_s
+        self._selector.register(self._children.channel, selectors.EVENT_READ, self._on_children)
 
     def is_sweep_done(self) -> bool:
         """Whether every trial, whoever ran it, is seen to have an outcome."""
@@ -219,14 +227,16 @@ class Supervisor:
                 self._hand_over(slot, ready)
 
     def _next(self) -> Ready | None:
-        if self._decision is not None:
-            return None
-        while not self._queue and not self._exhausted:
+        self._fetch()
+        return self._queue.popleft() if self._queue and self._decision is None else None
+
+    def _fetch(self) -> None:
+        """Claim a block when there is nothing in hand."""
+        while not (self._queue or self._exhausted or self._decision):
             if self._is_cancelled():
                 self._adopt(Decision(Cause.CANCELLED, Action.LEAVE), None)
-                return None
+                return
             self._begin(self._source.next())
-        return self._queue.popleft() if self._queue else None
 
     def _begin(self, block: list[Ready]) -> None:
         self._exhausted = not block

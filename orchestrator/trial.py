@@ -230,14 +230,15 @@ class Trial:
             prefix: before each reported name.
         """
         net = self._state().net
-        was_training = net.training
+        training = [module for module in net.modules() if module.training]
         net.eval()
         num = data.num_samples(samples)  # type: ignore[arg-type]  # it checks what it is given
         parts: dict[str, list[torch.Tensor]] = {}
         for batch in data.batches(samples, None, batch_size, num, self.device):  # type: ignore[arg-type]
             for name, values in _named(losses(net, batch)).items():
                 parts.setdefault(name, []).append(values)
-        net.train(was_training)
+        for module in training:  # one by one: what the job itself has set to eval stays so
+            module.training = True
         return self.report_all({prefix + name: torch.cat(values) for name, values in parts.items()})
 
     def report(self, *, step: int | None = None, **metrics: Reported) -> dict[str, float]:

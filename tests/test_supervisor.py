@@ -757,3 +757,10 @@ def test_the_supervisor_imports_nothing_heavy() -> None:
     program = f"import sys, orchestrator.supervisor, orchestrator.command; sys.exit(str({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.stderr == "set()\n"
+
+
+def test_a_worker_that_finds_nothing_to_do_never_imports_the_program(tmp_path: Path) -> None:
+    paths = sweeps.folder(tmp_path, sweeps.spec(program="job.py", trials=1), "raise SystemExit('imported')")
+    paths.claim(0, 0, 0).write_text("somebody else")
+    code, said = run(paths)
+    assert (code, said) == (0, "")

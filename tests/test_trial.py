@@ -348,3 +348,13 @@ def test_an_optimizer_s_own_zero_grad_is_called() -> None:
     one.keep(net=net, opt=Counting(net.parameters(), lr=0.1))
     one.step(lambda net, batch: net(batch).flatten(), X)
     assert calls == [True]
+
+
+def test_what_a_job_has_frozen_stays_frozen_through_a_validation() -> None:
+    frozen, live = torch.nn.Dropout(), torch.nn.Linear(2, 1)
+    net = torch.nn.Sequential(frozen, live)
+    frozen.eval()
+    it = trial()
+    it.keep(net=net, opt=torch.optim.SGD(net.parameters(), lr=0.1))
+    it.validate(lambda net, batch: net(batch[0]).squeeze(-1), (torch.ones(4, 2),))
+    assert (frozen.training, live.training, net.training) == (False, True, True)

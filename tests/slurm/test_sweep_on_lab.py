@@ -178,13 +178,13 @@ def test_a_sweep_longer_than_its_time_limit_goes_on_by_itself_in_every_form(make
 
 
 def test_a_signal_by_hand_is_noted_and_the_work_goes_on(make: Make) -> None:
-    bench = make(seconds=0.5)
+    bench = make(seconds=2.0)
     sweep = bench.orc("submit", "sweep.yaml").strip()
     bench.slurm.wait_for(lambda: bench.trials(sweep)["running"] > 0)
     jobs = bench.status(sweep)["jobs"]
     assert isinstance(jobs, list)
-    job = next(job["job"] for job in jobs if job["state"] == "RUNNING")
-    bench.slurm.run("scancel", "--batch", "--signal", "TERM", str(job))
+    job = next(f"{job['job']}_{job['task']}" for job in jobs if job["state"] == "RUNNING")
+    bench.slurm.run("scancel", "--batch", "--signal", "TERM", job)
     bench.wait_until_reduced(sweep)
     assert [notice["action"] for notice in bench.notices(sweep)] != []
     assert all("go on" in notice["action"] for notice in bench.notices(sweep))
