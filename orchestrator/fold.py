@@ -345,9 +345,9 @@ class Fold:
         return sum(file.bad for file in self._files)
 
     @property
-    def has_starts(self) -> bool:
-        """Whether any trial was ever started."""
-        return bool(self._next_attempt)
+    def has_begun(self) -> bool:
+        """Whether any attempt at any trial has begun."""
+        return any(self._closed.values()) or any(file.running(self._closed) for file in self._files)
 
     @property
     def seconds(self) -> float:

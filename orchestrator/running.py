@@ -181,7 +181,7 @@ def _check_end(sweep: Sweep, taken: Intake, *, is_new: bool) -> None:
     if not sweep.fold.num_missing:
         return
     said = _last_words(sweep)
-    if not sweep.fold.has_starts and "can't be imported" in said:
+    if not sweep.fold.has_begun and "can't be imported" in said:
         if is_new:
             shutil.rmtree(sweep.paths.root)
         last = said.splitlines()[-1].removeprefix("orchestrator: ")
@@ -189,7 +189,7 @@ def _check_end(sweep: Sweep, taken: Intake, *, is_new: bool) -> None:
             # Once more in a process of its own, which shows the user's error without our frames around it.
             taken.check_program()
         raise ProgramError(f"{taken.plan.spec.program}: {last}")
-    if not sweep.fold.has_starts or "orchestrator:" in said:
+    if not sweep.fold.has_begun or "orchestrator:" in said:
         raise OrcError(f"{sweep.id}: the workers ended early:\n{said}")
 
 

@@ -478,7 +478,8 @@ def resubmit(
     spec = replace(plan.spec, slurm={**plan.spec.slurm, **(settings or {})})
     with _locked(paths):
         before = ledger.submissions(paths)
-        alive = live(paths, patience=patience)
+        # What was cancelled is ending, and takes no further trial: nobody need wait for it.
+        alive = [job for job in live(paths, patience=patience) if not ledger.is_cancelled(paths, job.token)]
         if alive and not force:
             return _still_alive(paths, spec, before[-1], alive, patience)
         if ledger.cancelled_epoch(paths) is not None:

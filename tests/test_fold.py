@@ -429,7 +429,18 @@ def test_the_next_attempt_follows_every_start(paths: SweepPaths) -> None:
     fold = folded(paths)
     assert (fold.next_attempt(0), fold.next_attempt(1)) == (5, 0)
     assert (fold.attempts(0), fold.attempts(1), fold.attempts(2)) == (2, 1, 0)
-    assert fold.has_starts
+    assert fold.has_begun
+
+
+def test_starts_that_were_taken_back_are_no_beginning(paths: SweepPaths) -> None:
+    assert not folded(paths).has_begun
+    put(
+        paths,
+        WRITERS[0],
+        start(trial=0, attempt=0),
+        end(trial=0, attempt=0, cause=Cause.UNKNOWN, detail="", begun=False),
+    )
+    assert not folded(paths).has_begun
 
 
 def test_notices_come_with_their_writer(paths: SweepPaths) -> None:
