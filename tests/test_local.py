@@ -108,11 +108,12 @@ def test_a_process_of_another_machine_is_elsewhere() -> None:
 
 
 def test_a_zombie_is_not_alive() -> None:
-    child = subprocess.Popen([sys.executable, "-c", SLEEPS], stdout=subprocess.DEVNULL)
-    (process,) = [p for p in local.find(SLEEPS) if p.pid == child.pid]
-    child.send_signal(signal.SIGKILL)
-    assert eventually(lambda: not local.alive(process))
-    child.wait()
+    with subprocess.Popen([sys.executable, "-c", SLEEPS], stdout=subprocess.DEVNULL) as child:
+        # The kernel shows the arguments of a new program a moment after it has begun.
+        assert eventually(lambda: child.pid in [process.pid for process in local.find(SLEEPS)])
+        (process,) = [process for process in local.find(SLEEPS) if process.pid == child.pid]
+        child.send_signal(signal.SIGKILL)
+        assert eventually(lambda: not local.alive(process))
 
 
 def test_a_process_is_found_by_a_word_of_its_command_line(start: Callable[..., local.Process]) -> None:
