@@ -178,7 +178,7 @@ def test_a_sweep_longer_than_its_time_limit_goes_on_by_itself_in_every_form(make
 
 
 def test_a_signal_by_hand_is_noted_and_the_work_goes_on(make: Make) -> None:
-    bench = make(seconds=2.0)
+    bench = make(trials=6, block=6, seconds=1.0)  # one worker, so that the one that is signalled is at work
     sweep = bench.orc("submit", "sweep.yaml").strip()
     bench.slurm.wait_for(lambda: bench.trials(sweep)["running"] > 0)
     jobs = bench.status(sweep)["jobs"]
