@@ -5,13 +5,15 @@
 It trusts records, never the state of jobs. With trials missing it looks again until `visibility_s` has passed, since a
 network file system can show a file a minute late; then it writes what there is, `missing` above 0, and exits 4. Running
 it again, or twice at once, gives the same bytes: after the rename it looks again and repeats if more has become
-visible. With nothing of the sweep alive it clears away the temporary files that killed writers left.
+visible. It clears away the checkpoints of trials that have an outcome, whose worker may have been killed before it
+could; and, with nothing of the sweep alive, the temporary files that killed writers left.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -101,6 +103,7 @@ def reduce(
     _await_records(fold, clock() + patience, sleep, clock)
     _write(paths, plan, fold)
     models.prune(paths, fold, plan.spec.metric, plan.spec.reduce.top, alone=alone and not fold.num_missing)
+    _clear_checkpoints(paths, fold)
     if alone:
         _clear_away(paths)
     return TrialsFailed.exit_code if fold.num_missing or fold.count(Status.FAILED) else 0
@@ -131,6 +134,13 @@ def _write(paths: SweepPaths, plan: PlanFile, fold: Fold) -> None:
         data, before = _summary_bytes(plan, fold), data
         if data == before:
             return
+
+
+def _clear_checkpoints(paths: SweepPaths, fold: Fold) -> None:
+    for folder in paths.checkpoints.iterdir():
+        trial = int(folder.name) if folder.name.isdecimal() else fold.num_trials
+        if trial < fold.num_trials and fold.status(trial) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear_away(paths: SweepPaths) -> None:

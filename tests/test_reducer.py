@@ -189,6 +189,15 @@ def test_what_killed_writers_left_goes_when_nothing_is_alive(paths: SweepPaths) 
     assert [path.exists() for path in (*left, *stay)] == [False, False, True, True, True]
 
 
+def test_checkpoints_of_trials_with_an_outcome_go_and_those_of_others_stay(paths: SweepPaths) -> None:
+    put(paths, WRITERS[0], done(0))
+    for trial in (0, 1):
+        (paths.checkpoint(trial) / "attempt-0").mkdir(parents=True)
+    (paths.checkpoints / "notes").mkdir()
+    reducer.reduce(paths, wait_s=0.0, alone=False)
+    assert names(paths.checkpoints) == ["1", "notes"]
+
+
 def test_a_full_disk_keeps_the_old_summary(paths: SweepPaths) -> None:
     put(paths, WRITERS[0], done(0))
     reduced(paths)

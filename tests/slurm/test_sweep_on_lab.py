@@ -235,6 +235,8 @@ def test_a_submission_leaves_two_files_a_worker_the_claims_and_a_constant_number
     bench = make(trials=40, block=5)
     sweep = bench.orc("submit", "sweep.yaml").strip()
     bench.wait_until_reduced(sweep)
+    # The worker with the last outcome reduces at once, before others have closed their files.
+    bench.slurm.wait_for(lambda: not bench.status(sweep)["jobs"])
     root = bench.folder / bench.runs / sweep
     counts = {name: len(list((root / name).iterdir())) for name in ("records", "logs", "claims", "sbatch", "models")}
     assert counts["records"] <= 8
