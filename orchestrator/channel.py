@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -16,9 +18,12 @@ import orjson
 
 from orchestrator.store import JsonObject
 
-__all__ = ["Channel", "Send", "serve"]
+__all__ = ["MARK", "Channel", "Send", "say", "serve"]
 
 Send: TypeAlias = "Callable[[JsonObject], None]"
+
+MARK = re.compile(rb"=== trial (\S+) attempt (\d+): ")
+"""How the line begins that a worker's log has before an attempt, and after it: the trial and the attempt."""
 
 
 class Channel:
@@ -108,8 +113,14 @@ class Channel:
         self._sock.close()
 
 
+def say(text: str) -> None:
+    """Print a line into the log. A log that has no room loses the line, and costs the trial nothing."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 def serve(channel: Channel, attempt: Callable[[JsonObject, Send], JsonObject], notice: Callable[[], None]) -> None:
-    """Serve trials until the supervisor closes the channel.
+    """Serve trials until the supervisor closes the channel; what they print stands between two marks in the log.
 
     Args:
         channel: to the supervisor.
@@ -124,7 +135,17 @@ def serve(channel: Channel, attempt: Callable[[JsonObject, Send], JsonObject], n
         for message in messages:
             if "notice" not in message:
                 send = _sender(channel, message)
-                send(attempt(message, send))
+                send(_marked(attempt, message, send))
+
+
+def _marked(attempt: Callable[[JsonObject, Send], JsonObject], message: JsonObject, send: Send) -> JsonObject:
+    name = f"trial {message['trial']} attempt {message['attempt']}"
+    say(f"=== {name}: start {message['params']}")
+    began = time.monotonic()
+    answer = attempt(message, send)
+    end = answer.get("outcome", answer.get("detail", answer.get("broken")))
+    say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
+    return answer
 
 
 def _sender(channel: Channel, trial: JsonObject) -> Send:

@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from pathlib import Path
 import orjson
 
 from orchestrator import store
-from orchestrator.channel import Channel, Send, serve
+from orchestrator.channel import Channel, Send, say, serve
 from orchestrator.code import Lineage
 from orchestrator.errors import ProgramError
 from orchestrator.objective import Diverged, NoResult, Objective, finite
@@ -38,7 +37,7 @@ from orchestrator.signals import name_of
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Json, JsonObject
 
-__all__ = ["expand", "flat", "say", "server"]
+__all__ = ["expand", "flat", "server"]
 
 _GO_ON_LATER = 75
 _LOOK_S = 0.5
@@ -47,12 +46,6 @@ _PYTHON = re.compile(r"(?:python|pypy)[0-9.]*|\$\{interpreter\}")
 _PLAIN_FLAGS = re.compile(r"-[bBdEiIOPqsSuvx]+")
 _PROBE_S = 60.0
 _MACRO = re.compile(r"\$\{(?:envvar:([A-Za-z_][A-Za-z0-9_]*)|[a-z_]+)\}")
-
-
-def say(text: str) -> None:
-    """Print a line into the log. A log that has no room loses the line, and costs the trial nothing."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
 
 
 def flat(params: JsonObject, prefix: str = "") -> Iterator[tuple[str, Json]]:
@@ -156,17 +149,11 @@ class Runner:
         serve(self._channel, self._attempt, self._pass_on)
 
     def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
-        name = f"trial {message['trial']} attempt {message['attempt']}"
-        say(f"=== {name}: start {message['params']}")
-        began = time.monotonic()
         try:
             with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as scratch:
-                answer = self._run(message, Path(scratch), send)
+                return self._run(message, Path(scratch), send)
         except OSError as error:  # a full disk, say, which is not the trial's fault
-            answer = {"broken": f"{error.filename or self._scratch}: {error.strerror or error}"}
-        end = answer.get("outcome", answer.get("detail", answer.get("broken")))
-        say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
-        return answer
+            return {"broken": f"{error.filename or self._scratch}: {error.strerror or error}"}
 
     def _run(self, message: JsonObject, scratch: Path, send: Send) -> JsonObject:
         params = message["params"]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from orchestrator.store import Json, JsonObject
 
-__all__ = ["SlurmPlace", "boot_id", "describe"]
+__all__ = ["SlurmPlace", "boot_id", "describe", "process_stat"]
 
 _LEVELS = (("avx512f", "AVX512"), ("avx2", "AVX2"))
 
@@ -55,6 +53,17 @@ def boot_id() -> str:
         return ""
 
 
+def process_stat(pid: int) -> tuple[str, int] | None:
+    """State letter and start time (clock ticks since boot) of a process of this machine; None when there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name before them stands in parentheses and may itself hold any character.
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
+
+
 def _cpu_level() -> str:
     try:
         flags = next(
@@ -66,6 +75,9 @@ def _cpu_level() -> str:
 
 
 def _version(package: str) -> str | None:
+    # Imported here, and socket below, since readers need this module for its words only.
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -80,6 +92,8 @@ def describe(*, submission: str, slots: int, packages: tuple[str, ...]) -> JsonO
         slots: how many trials it runs at the same time.
         packages: distributions whose versions decide results, such as torch.
     """
+    import socket
+
     place = SlurmPlace.of(os.environ)
     versions: dict[str, Json] = {name: _version(name) for name in packages}
     versions["python"] = sys.version.split()[0]

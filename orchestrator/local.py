@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from orchestrator.errors import OrcError
+from orchestrator.identity import boot_id, process_stat
 
 if TYPE_CHECKING:
     from orchestrator.store import JsonObject
 
-__all__ = ["Process", "alive", "boot_id", "cores", "find", "start", "state", "stop"]
+__all__ = ["Process", "alive", "cores", "find", "start", "state", "stop"]
 
 _PROC = Path("/proc")
 
@@ -62,24 +63,8 @@ class Process:
         raise OrcError(f"not a process: {value!r}")
 
 
-def boot_id() -> str:
-    """The kernel's random id of this boot."""
-    return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time of a process; None when there is none."""
-    try:
-        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The name before it stands in parentheses and may itself hold any character.
-    fields = text.rpartition(")")[2].split()
-    return fields[0], int(fields[19])
-
-
 def _identify(pid: int) -> Process | None:
-    found = _stat(pid)
+    found = process_stat(pid)
     if found is None:
         return None
     return Process(pid=pid, start_time=found[1], boot_id=boot_id(), host=os.uname().nodename)
@@ -131,7 +116,7 @@ def start(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = Non
 
 def alive(process: Process) -> bool:
     """Whether this very process runs on this machine; a zombie doesn't."""
-    found = _stat(process.pid)
+    found = process_stat(process.pid)
     return (
         found is not None and found[0] not in "ZX" and found[1] == process.start_time and process.boot_id == boot_id()
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from orchestrator.channel import MARK
 from orchestrator.errors import NothingMatched
 from orchestrator.plan import Trial
 from orchestrator.sweep import Sweep
@@ -15,7 +15,6 @@ from orchestrator.sweep import Sweep
 __all__ = ["pieces", "show"]
 
 _LOOK_S = 0.5
-_MARK = re.compile(rb"=== trial (\S+) attempt (\d+): ")
 
 
 def pieces(logs: Path, trial: str) -> Iterator[tuple[int, Path, bytes]]:
@@ -32,7 +31,7 @@ def _in_file(path: Path, trial: bytes) -> Iterator[tuple[int, Path, bytes]]:
     attempt = -1
     with path.open("rb") as file:
         for line in _lines(file):
-            mark = _MARK.match(line)
+            mark = MARK.match(line)
             if mark and attempt >= 0 and (mark[1] != trial or int(mark[2]) != attempt):
                 yield attempt, path, b"".join(lines)
                 lines, attempt = [], -1
@@ -50,7 +49,7 @@ def _in_file(path: Path, trial: bytes) -> Iterator[tuple[int, Path, bytes]]:
 def _lines(file: BinaryIO) -> Iterator[bytes]:
     """The lines of a log; a mark begins a line of its own also where what was printed before it ended without one."""
     for line in file:
-        mark = _MARK.search(line)
+        mark = MARK.search(line)
         if mark and mark.start():
             yield line[: mark.start()] + b"\n"
             line = line[mark.start() :]

@@ -13,7 +13,6 @@ import random
 import re
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,9 +22,8 @@ from pathlib import Path
 import torch
 
 from orchestrator import store
-from orchestrator.channel import Channel, Send, serve
+from orchestrator.channel import Channel, Send, say, serve
 from orchestrator.code import Lineage
-from orchestrator.command import say
 from orchestrator.errors import OrcError
 from orchestrator.job import Job, load_job, preload
 from orchestrator.objective import Diverged, NoResult
@@ -77,15 +75,6 @@ class Worker:
 
     def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
         """Train one trial; returns the message that ends it."""
-        name = f"trial {message['trial']} attempt {message['attempt']}"
-        say(f"=== {name}: start {message['params']}")
-        began = time.monotonic()
-        answer = self._guarded(message, send)
-        end = answer.get("outcome", answer.get("detail", answer.get("broken")))
-        say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
-        return answer
-
-    def _guarded(self, message: JsonObject, send: Send) -> JsonObject:
         try:
             return self._kept(int(str(message["index"])), self._train(message, send))
         except (MemoryError, torch.OutOfMemoryError) as error:

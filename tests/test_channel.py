@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.channel import Channel, serve
+from orchestrator.channel import MARK, Channel, serve
 from orchestrator.children import Worker
 from orchestrator.store import JsonObject
 
@@ -62,7 +62,9 @@ def test_the_rest_of_a_dead_peer_is_read_without_waiting_for_an_end(pair: tuple[
     assert ours.closed
 
 
-def test_every_answer_names_its_trial_and_notices_come_first(pair: tuple[Channel, Channel]) -> None:
+def test_every_answer_names_its_trial_and_notices_come_first(
+    pair: tuple[Channel, Channel], capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
     ours, theirs = pair
     seen: list[str] = []
 
@@ -71,11 +73,14 @@ def test_every_answer_names_its_trial_and_notices_come_first(pair: tuple[Channel
         return {"outcome": "complete"}
 
     for trial in (3, 4):
-        ours.send({"index": trial, "attempt": trial + 1})
+        ours.send({"index": trial, "trial": f"{trial}-name", "params": {}, "attempt": trial + 1})
     ours.send({"notice": True})
     ours.close()
     serve(theirs, attempt, lambda: seen.append("notice"))
     assert seen == ["notice", "3", "4"]
+    assert MARK.findall(capsysbinary.readouterr().out) == [
+        (name, attempt) for name, attempt in ((b"3-name", b"4"), (b"4-name", b"5")) for _ in ("start", "end")
+    ]
 
 
 def test_a_worker_that_only_starts_is_told_by_message_and_by_signal_once_it_can_be(

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.identity import boot_id
+from orchestrator.identity import boot_id, process_stat
 
 __all__ = ["Process", "poll", "processes_with", "processes_writing", "spawn"]
 
@@ -31,17 +31,6 @@ def poll(condition: Callable[[], bool], limit_s: float, *, every_s: float = 0.05
             return False
         time.sleep(every_s)
     return True
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State and start time (clock ticks since boot) of a process; None when there is none."""
-    try:
-        text = (_PROC / str(pid) / "stat").read_text()
-    except OSError:
-        return None
-    # The second field is the program's name in brackets and may itself hold brackets and spaces.
-    fields = text.rpartition(")")[2].split()
-    return fields[0], int(fields[19])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +50,14 @@ class Process:
     @classmethod
     def of(cls, pid: int) -> Process | None:
         """The process that has `pid` now."""
-        stat = _stat(pid)
+        stat = process_stat(pid)
         return None if stat is None else cls(pid=pid, start_ticks=stat[1], boot=boot_id())
 
     def alive(self) -> bool:
         """Whether it still runs. One that has ended but was not waited for does not."""
         with suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
-        stat = _stat(self.pid)
+        stat = process_stat(self.pid)
         return stat is not None and stat[0] not in "ZX" and stat[1] == self.start_ticks and self.boot == boot_id()
 
     def send(self, number: signal.Signals) -> None:
