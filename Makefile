@@ -13,6 +13,8 @@ BIN := .venv/bin
 STAMP := .venv/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/pytest -n 6 --dist worksteal
+# What is shown by examples drawn at random: a hundred of each in a test run, a thousand in a long one.
+LAWS := $(addprefix tests/test_,summary.py samples.py algebra.py reduction.py wire.py fold.py fold_cache.py)
 SLURM_PROGRAMS := sbatch srun slurmctld slurmd munged slurmdbd mariadbd my_print_defaults shellcheck
 # The last two are for accounting (sacct); none of these packages starts a service without a configuration.
 SLURM_PACKAGES := slurm-wlm munge shellcheck slurmdbd mariadb-server-core mariadb-client
@@ -32,10 +34,11 @@ check: environment
 	$(PYTEST) -m "not slurm and not soak" --ignore tests/slurm
 
 soak: environment slurm
+	ORC_SOAK=1 $(BIN)/pytest $(LAWS)
 	$(BIN)/pytest -m soak
 
 bench: environment
-	@for script in benchmarks/sweep.py benchmarks/outcome.py; do echo "$$script" && $(BIN)/python "$$script" || exit; done
+	@for script in benchmarks/{sweep,outcome,summary,fold,reduce}.py; do echo "$$script" && $(BIN)/python "$$script" || exit; done
 
 environment: $(STAMP)
 

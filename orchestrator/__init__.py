@@ -5,6 +5,7 @@
     orc.State                    what a job's `build` returns
     orc.Sweep.open(folder)       a sweep's best trials, summary and status, from Python
     orc.Summary                  the exact monoid behind every answer
+    orc.SummaryMap               a mapping of them; SummaryPair and TopN likewise
 
 Names load their modules on first use, so `import orchestrator` itself imports neither torch nor numpy.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from orchestrator.algebra import SummaryMap, SummaryPair, TopN
     from orchestrator.summary import Summary
     from orchestrator.sweep import Sweep
     from orchestrator.trial import State, Trial
@@ -24,11 +26,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "State": "orchestrator.trial",
     "Summary": "orchestrator.summary",
+    "SummaryMap": "orchestrator.algebra",
+    "SummaryPair": "orchestrator.algebra",
     "Sweep": "orchestrator.sweep",
+    "TopN": "orchestrator.algebra",
     "Trial": "orchestrator.trial",
 }
 
-__all__ = ["State", "Summary", "Sweep", "Trial", "__version__"]
+__all__ = ["State", "Summary", "SummaryMap", "SummaryPair", "Sweep", "TopN", "Trial", "__version__"]
 
 
 def __getattr__(name: str) -> object:

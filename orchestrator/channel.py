@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import socket
 import threading
 import time
@@ -36,6 +37,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = b""
+        self._kept: list[JsonObject] = []
         self._sending = threading.Lock()
         self.closed = False
 
@@ -70,8 +72,24 @@ class Channel:
 
     def receive(self) -> Iterator[JsonObject]:
         """The complete messages after one read, which waits when there is nothing to read; sets `closed` at the end."""
-        self._fill(self._read())
+        if not self._kept:
+            self._fill(self._read())
+        kept, self._kept = self._kept, []
+        yield from kept
         yield from self._drain()
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether `receive` has something that `notices` has left to it."""
+        return bool(self._kept)
+
+    def notices(self) -> list[str]:
+        """The words of the notices that are there, without waiting; other messages are kept for `receive`."""
+        while not self.closed and select.select([self._sock], [], [], 0)[0]:
+            self._fill(self._read())
+        messages = [*self._kept, *self._drain()]
+        self._kept = [message for message in messages if "notice" not in message]
+        return [str(message["notice"]) for message in messages if "notice" in message]
 
     def receive_rest(self) -> Iterator[JsonObject]:
         """The complete messages that are there, without waiting, from a peer that has ended; sets `closed`.
@@ -119,23 +137,33 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def serve(channel: Channel, attempt: Callable[[JsonObject, Send], JsonObject], notice: Callable[[], None]) -> None:
+def serve(
+    channel: Channel,
+    attempt: Callable[[JsonObject, Send], JsonObject],
+    notice: Callable[[str], None],
+    *,
+    once: bool = False,
+) -> None:
     """Serve trials until the supervisor closes the channel; what they print stands between two marks in the log.
 
     Args:
         channel: to the supervisor.
         attempt: runs the trial of a message and returns the message that ends it. What it sends meanwhile, also by a
             thread that outlives it, carries the trial's index and attempt, so that nothing counts for another trial.
-        notice: told of a notice that came before signals could reach this process.
+        notice: told the words of notices that came between trials, or before signals could reach this process.
+        once: leave after the first trial.
     """
-    while not channel.closed:
+    while not channel.closed or channel.has_kept:
         messages = list(channel.receive())
-        if any("notice" in message for message in messages):
-            notice()
+        for message in messages:
+            if "notice" in message:
+                notice(str(message["notice"]))
         for message in messages:
             if "notice" not in message:
                 send = _sender(channel, message)
                 send(_marked(attempt, message, send))
+                if once:
+                    return
 
 
 def _marked(attempt: Callable[[JsonObject, Send], JsonObject], message: JsonObject, send: Send) -> JsonObject:
@@ -143,7 +171,7 @@ def _marked(attempt: Callable[[JsonObject, Send], JsonObject], message: JsonObje
     say(f"=== {name}: start {message['params']}")
     began = time.monotonic()
     answer = attempt(message, send)
-    end = answer.get("outcome", answer.get("detail", answer.get("broken")))
+    end = answer.get("outcome", answer.get("detail", answer.get("broken", "done")))
     say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
     return answer
 

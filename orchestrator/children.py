@@ -1,9 +1,13 @@
-"""The children of a supervisor: one worker process a slot, forked from a preloaded parent where that is safe."""
+"""The children of a supervisor: worker processes, forked from a preloaded parent where that is safe.
+
+Each slot runs one trial at a time: in one worker, which stays for the trials after it, or in one worker a rank.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from orchestrator.channel import Channel
 from orchestrator.errors import OrcError, ProgramError
@@ -18,7 +23,21 @@ from orchestrator.paths import SweepPaths
 from orchestrator.signals import name_of
 from orchestrator.store import JsonObject
 
-__all__ = ["Children", "Exited", "Worker"]
+__all__ = ["Children", "Exited", "Post", "Worker", "memory_kills"]
+
+_GROUPS = Path("/sys/fs/cgroup")
+
+
+class Post(NamedTuple):
+    """Where a worker works.
+
+    Args:
+        slot: which of the trials that this supervisor runs side by side.
+        rank: which of the processes that train it.
+    """
+
+    slot: int
+    rank: int = 0
 
 
 @dataclass(slots=True)
@@ -26,23 +45,23 @@ class Worker:
     """A worker process.
 
     Args:
-        slot: its number among this supervisor's workers.
+        post: where it works.
         channel: to it.
         pid: its process id; None until it is known.
         process: set when it is a direct child of ours.
         told: a notice was passed on to it.
     """
 
-    slot: int
+    post: Post
     channel: Channel
     pid: int | None = None
     process: subprocess.Popen[bytes] | None = None
     told: bool = False
 
-    def tell(self) -> None:
-        """Pass a notice on: by a signal to one at work, by a message to one that doesn't listen to signals yet."""
+    def tell(self, word: str) -> None:
+        """Pass a notice on: what to do, by a message; and a signal, to one that is at work."""
         self.told = True
-        self.channel.send({"notice": True})
+        self.channel.send({"notice": word})
         self._signal()
 
     def has_pid(self, pid: int) -> None:
@@ -62,7 +81,7 @@ class Worker:
 class Exited:
     """A worker process has ended, with this wait status."""
 
-    slot: int
+    post: Post
     status: int
 
 
@@ -74,19 +93,27 @@ class Children:
     Args:
         paths: the sweep.
         environment: of every child.
-        log_of: the log file of a slot; None prints where this process does.
+        log_of: the log file of a worker; None prints where this process does.
+        has_ranks: several ranks train each trial, and meet in a folder of this machine.
 
     Raises:
         ProgramError: from `poll`, when the program can't be imported here; carries its own error.
     """
 
     def __init__(
-        self, paths: SweepPaths, environment: dict[str, str], log_of: Callable[[int], Path | None] = lambda _: None
+        self,
+        paths: SweepPaths,
+        environment: dict[str, str],
+        log_of: Callable[[Post], Path | None] = lambda _: None,
+        *,
+        has_ranks: bool = False,
     ) -> None:
         self._paths = paths
         self._environment = environment
         self._log_of = log_of
-        self.workers: dict[int, Worker] = {}
+        self._has_ranks = has_ranks
+        self._folder: str | None = None
+        self.workers: dict[Post, Worker] = {}
         self.ready = False
         self._forks = True
         self._server: subprocess.Popen[bytes] | None = None
@@ -94,6 +121,10 @@ class Children:
 
     def open(self) -> None:
         """Start the preloaded parent."""
+        if self._has_ranks:
+            import tempfile
+
+            self._folder = tempfile.mkdtemp(prefix="orc-")
         self._server, self._channel = self._spawn()
 
     @property
@@ -109,6 +140,7 @@ class Children:
                 [
                     *(sys.executable, "-P", "-m", "orchestrator.forkserver"),
                     *("--dir", str(self._paths.root), "--fd", str(theirs.fileno()), *extra),
+                    *(("--folder", self._folder) if self._folder else ()),
                 ],
                 stdin=subprocess.DEVNULL,
                 env=self._environment,
@@ -117,26 +149,27 @@ class Children:
             )
         return process, Channel(ours)
 
-    def start(self, slot: int) -> Worker:
-        """Start the worker of `slot`; there must be none."""
+    def start(self, post: Post) -> Worker:
+        """Start the worker of `post`; there must be none."""
         assert self.ready
-        assert slot not in self.workers
-        self.workers[slot] = self._fork(slot) if self._forks else self._start_fresh(slot)
-        return self.workers[slot]
+        assert post not in self.workers
+        self.workers[post] = self._fork(post) if self._forks else self._start_fresh(post)
+        return self.workers[post]
 
-    def _fork(self, slot: int) -> Worker:
+    def _fork(self, post: Post) -> Worker:
         ours, theirs = socket.socketpair()
         with theirs:
-            self.channel.send({"fork": slot, "log": self._log(slot)}, (theirs.fileno(),))
-        return Worker(slot, Channel(ours))
+            # One request a message: a read takes the descriptors of one, and of no more than one.
+            self.channel.send({"fork": post.slot, "rank": post.rank, "log": self._log(post)}, (theirs.fileno(),))
+        return Worker(post, Channel(ours))
 
-    def _start_fresh(self, slot: int) -> Worker:
-        log = self._log(slot)
+    def _start_fresh(self, post: Post) -> Worker:
+        log = self._log(post)
         process, channel = self._spawn("--fresh", *(("--log", log) if log else ()))
-        return Worker(slot, channel, process.pid, process)
+        return Worker(post, channel, process.pid, process)
 
-    def _log(self, slot: int) -> str | None:
-        path = self._log_of(slot)
+    def _log(self, post: Post) -> str | None:
+        path = self._log_of(post)
         return None if path is None else str(path)
 
     def poll(self) -> Iterator[Exited]:
@@ -149,14 +182,14 @@ class Children:
             elif "forked" in message:
                 self._note_pid(message)
             elif "exited" in message:
-                yield Exited(int(str(message["exited"])), int(str(message["status"])))
+                yield Exited(_post(message, "exited"), int(str(message["status"])))
         if self.channel.closed and self._forks:
             if self.ready:
                 raise OrcError(f"the process that starts the workers {self._server_end()}; the work can go on later")
             raise ProgramError(f"the process that imports the program {self._server_end()} before any trial could run")
 
     def _note_pid(self, message: JsonObject) -> None:
-        worker = self.workers.get(int(str(message["forked"])))
+        worker = self.workers.get(_post(message, "forked"))
         if worker is not None:
             worker.has_pid(int(str(message["pid"])))
 
@@ -171,11 +204,17 @@ class Children:
             if worker.process is not None and worker.process.poll() is not None:
                 _end_group(worker.process.pid)
                 code = worker.process.returncode
-                yield Exited(worker.slot, -code if code < 0 else code << 8)
+                yield Exited(worker.post, -code if code < 0 else code << 8)
 
-    def forget(self, slot: int) -> None:
-        """The worker of `slot` has ended and its channel is read to the end."""
-        self.workers.pop(slot).channel.close()
+    def kill(self, post: Post) -> None:
+        """End a worker that won't leave; `Exited` comes as ever."""
+        worker = self.workers.get(post)
+        if worker is not None and worker.pid is not None:
+            _end_group(worker.pid)
+
+    def forget(self, post: Post) -> None:
+        """The worker of `post` has ended and its channel is read to the end."""
+        self.workers.pop(post).channel.close()
 
     def stop(self, grace_s: float = 2.0) -> None:
         """End every worker and the preloaded parent, and wait for them."""
@@ -194,6 +233,12 @@ class Children:
             if worker.process is not None:
                 _end_group(worker.process.pid)
         self.workers.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _post(message: JsonObject, what: str) -> Post:
+    return Post(int(str(message[what])), int(str(message["rank"])))
 
 
 def _end_group(pid: int) -> None:
@@ -204,9 +249,26 @@ def _end_group(pid: int) -> None:
 
 def memory_kills() -> int:
     """How many processes of our control group the kernel has killed for want of memory; 0 where it doesn't tell."""
+    return sum(map(_oom_kills, _memory_files()))
+
+
+def _memory_files() -> Iterator[Path]:
+    """Where the kernel counts them for this process: a file of its group of version 2, of version 1, or of both."""
     try:
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        events = (Path("/sys/fs/cgroup") / group / "memory.events").read_text()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            yield _GROUPS / group.lstrip("/") / "memory.events"
+        elif "memory" in controllers.split(","):
+            yield _GROUPS / "memory" / group.lstrip("/") / "memory.oom_control"
+
+
+def _oom_kills(events: Path) -> int:
+    try:
+        lines = events.read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in events.splitlines() if line.startswith("oom_kill ")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -116,7 +116,9 @@ def init(folder: Path, job: str) -> None:
 @_file
 @_overrides
 @_dir
-@click.option("--workers", type=click.IntRange(min=1), help="Trials at the same time (default: one a core).")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Trials at the same time (default: as many as the cores allow)."
+)
 @click.option("--top", type=click.IntRange(min=1), default=3, show_default=True, help="How many trials to show.")
 def run(sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, workers: int | None, top: int) -> None:
     """Run a sweep on this machine, to the best trials.
@@ -275,18 +277,36 @@ def status(sweep: str | None, folder: Path | None, as_json: bool) -> None:
 @_sweep
 @_dir
 @_json
-def summary(sweep: str | None, folder: Path | None, as_json: bool) -> None:
+@click.option("--by", multiple=True, metavar="PARAM", help="For each value of a parameter; may be repeated.")
+@click.option("--curve", metavar="METRIC", help="A metric by step, over the trials that reported it.")
+def summary(sweep: str | None, folder: Path | None, as_json: bool, by: tuple[str, ...], curve: str | None) -> None:
     """Show count, mean, spread and quantiles.
 
-    They are of the objective, over all complete trials.
+    They are of the objective, over all complete trials; with --by, over those of each value of a parameter (a nested
+    one by dotted path), or of each of ten ranges where it is drawn from one. With --curve, they are of any metric, step
+    by step.
     """
     from orchestrator import show
 
     found = _open(sweep, folder)
-    if as_json:
-        _print_json(found.summary())
+    if curve is not None:
+        _show_curves(found, curve, by, as_json)
+    elif as_json:
+        _print_json(found.summary(by=by or None))
     else:
-        click.echo(show.summary(found))
+        click.echo(show.effects(found, found.effects(by)) if by else show.summary(found))
+
+
+def _show_curves(sweep: Sweep, metric: str, by: tuple[str, ...], as_json: bool) -> None:
+    from orchestrator import show
+
+    found = sweep.curve(metric, by)
+    if as_json:
+        names: list[Json] = [*found[0].values]
+        curves: list[Json] = [one.to_json() for one in found]
+        _print_json({"schema": 1, "sweep": sweep.id, "metric": metric, "by": names, "curves": curves})
+    else:
+        click.echo(show.curves(metric, found))
 
 
 @cli.command()

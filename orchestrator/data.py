@@ -9,12 +9,13 @@ DataLoader             for training only; it brings its own batches and order
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-__all__ = ["Batch", "Samples", "batches", "num_samples", "to_device"]
+__all__ = ["Batch", "Samples", "batches", "dealt", "length", "num_samples", "to_device"]
 
 Samples: TypeAlias = "Sequence[torch.Tensor] | Dataset[object]"
 Batch: TypeAlias = object
@@ -49,7 +50,7 @@ def num_samples(samples: Samples) -> int:
 
 
 def batches(
-    samples: Samples, order: torch.Tensor | None, batch_size: int, num: int, device: torch.device
+    samples: Samples, order: torch.Tensor | None, batch_size: int, num: int, device: torch.device, begin: int = 0
 ) -> Iterator[Batch]:
     """The samples in `order`, `batch_size` at a time, the last batch maybe smaller, on a device.
 
@@ -62,26 +63,61 @@ def batches(
         batch_size: samples a batch.
         num: how many samples there are.
         device: where the batches are to be.
+        begin: the first batch that is wanted; samples of those before it are not touched.
     """
     tensors = _tensors(samples)
     if tensors is not None:
-        yield from _cut(tensors, order, batch_size, num, device)
+        yield from _cut(tensors, order, batch_size, num, device, begin)
         return
     assert not isinstance(samples, (tuple, list))
     indices = range(num) if order is None else order.tolist()
-    for first in range(0, num, batch_size):
+    for first in range(begin * batch_size, num, batch_size):
         yield to_device(default_collate([samples[i] for i in indices[first : first + batch_size]]), device)
 
 
+def dealt(
+    samples: Samples, batch_size: int, num: int, device: torch.device, rank: int, world_size: int
+) -> Iterator[Batch]:
+    """Every `world_size`-th batch of the samples in their own order, from batch `rank` on; no other sample is touched.
+
+    A batch is the same in every bit, and lies in memory in the same way, whoever it is dealt to. So each is a copy of
+    its own: where a view of several begins would depend on those before it.
+
+    Args:
+        samples: see the module.
+        batch_size: samples a batch; the last one may be smaller.
+        num: how many samples there are.
+        device: where the batches are to be.
+        rank: of this process.
+        world_size: how many processes share the batches.
+    """
+    tensors = _tensors(samples)
+    for first in range(rank * batch_size, num, world_size * batch_size):
+        last = min(first + batch_size, num)
+        if tensors is not None:
+            yield tuple(_taken(part, None, first, last, device) for part in tensors)
+        else:
+            assert not isinstance(samples, (tuple, list))
+            yield to_device(default_collate([samples[i] for i in range(first, last)]), device)
+
+
 def _cut(
-    tensors: tuple[torch.Tensor, ...], order: torch.Tensor | None, batch_size: int, num: int, device: torch.device
+    tensors: tuple[torch.Tensor, ...],
+    order: torch.Tensor | None,
+    batch_size: int,
+    num: int,
+    device: torch.device,
+    begin: int,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     # Whole batches, counted from the first one, so that no batch depends on where the pieces end.
-    piece = batch_size * max(1, _PIECE_BYTES // (batch_size * sum(map(_sample_bytes, tensors)) or 1))
-    for first in range(0, num, piece):
-        last = min(first + piece, num)
+    per_piece = max(1, _PIECE_BYTES // (batch_size * sum(map(_sample_bytes, tensors)) or 1))
+    # Of the piece in which it begins all is taken, since a batch is to lie in memory as it does without `begin`.
+    pieces, skipped = divmod(begin, per_piece)
+    for first in range(pieces * per_piece * batch_size, num, per_piece * batch_size):
+        last = min(first + per_piece * batch_size, num)
         taken = (_taken(part, order, first, last, device) for part in tensors)
-        yield from zip(*(torch.split(part, batch_size) for part in taken), strict=True)
+        yield from islice(zip(*(torch.split(part, batch_size) for part in taken), strict=True), skipped, None)
+        skipped = 0
 
 
 def _taken(part: torch.Tensor, order: torch.Tensor | None, first: int, last: int, device: torch.device) -> torch.Tensor:
@@ -94,6 +130,35 @@ def _taken(part: torch.Tensor, order: torch.Tensor | None, first: int, last: int
 
 def _sample_bytes(part: torch.Tensor) -> int:
     return part.nbytes // max(1, len(part))
+
+
+def generators(loader: object) -> list[torch.Generator]:
+    """The generators of a DataLoader's own, and those of its samplers."""
+    holders = [loader]
+    for name in ("sampler", "batch_sampler"):
+        if (holder := getattr(loader, name, None)) is not None:
+            holders += [holder, getattr(holder, "sampler", None)]
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
+def length(batch: Batch) -> int:
+    """How many samples a batch has: the length of the first tensor in it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = _first_tensor(batch)
+    if found is None or not found.dim():
+        raise TypeError(f"a batch is a tensor with its samples along the first dimension, or has one in it: {batch!r}")
+    return len(found)
+
+
+def _first_tensor(batch: Batch) -> torch.Tensor | None:
+    if isinstance(batch, torch.Tensor):
+        return batch
+    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((found for part in parts if (found := _first_tensor(part)) is not None), None)
 
 
 def is_loader(samples: object) -> bool:

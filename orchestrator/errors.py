@@ -6,6 +6,11 @@
         ProgramError             the user's program can't be imported, or its signatures don't fit
         FolderError              a sweep folder that is unsafe, foreign, or of another schema
         SbatchRejected           sbatch said no; its own words are in the text
+      PeerLost, NotMet           (`dist`, `roll`) a rank is gone or silent; the ranks did not find each other
+      OutOfStep, NoGradient      (`agreement`, `replica`) ranks do different things; a loss that they can't share
+      CheckpointError            (`checkpoint`) a checkpoint can't be written or read, or is of another number of ranks
+        Gone                     its folder has vanished: someone else has finished the trial
+        Misfit                   (`capture`) it doesn't fit what the job has built
       NothingMatched             exit 3: no such sweep, trial or model
       TrialsFailed               exit 4: the command worked, some trials did not
       SlurmUnreachable           exit 5: no Slurm, or its controller does not answer

@@ -7,9 +7,9 @@ safe only while this process has a single thread and no CUDA context, so both ar
 the parent says so and the supervisor starts every worker as a process of its own (`--fresh`). Messages, over
 `orchestrator.channel`:
 
-    to us      {"fork": slot, "log": path or null} with the worker's end of its channel as a file descriptor
+    to us      {"fork": slot, "rank": rank, "log": path or null} and the worker's end of its channel, a file descriptor
     from us    {"ready": true, "fork": bool}  or  {"broken": text} when the program can't be imported
-               {"forked": slot, "pid": pid}, later {"exited": slot, "status": wait status}
+               {"forked": slot, "rank": rank, "pid": pid}, later {"exited": slot, "rank": rank, "status": wait status}
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import gc
 import os
 import resource
 import select
+import shutil
 import signal
 import sys
 import traceback
@@ -74,16 +75,20 @@ def print_to(log: str | None) -> None:
         os.close(handle)
 
 
-def load(paths: SweepPaths, at_end: contextlib.ExitStack) -> Serve:
+def load(paths: SweepPaths, at_end: contextlib.ExitStack, folder: Path | None = None) -> Serve:
     """Import all that trials of this sweep need; returns the function that serves them in a worker.
 
-    What must be tidied up once the last worker has ended is left to `at_end`.
+    What must be tidied up once the last worker has ended is left to `at_end`. Ranks meet in `folder`.
     """
     spec = PlanFile.open(paths.plan).spec
     if spec.command is not None:
         from orchestrator import command
 
         return command.server(paths, spec, at_end)
+    if folder is not None:
+        from orchestrator import rank
+
+        return rank.server(paths, spec, folder)
     from orchestrator import worker
 
     return worker.server(paths, spec)
@@ -108,7 +113,7 @@ class ForkServer:
     def __init__(self, channel: Channel, serve: Serve) -> None:
         self._channel = channel
         self._serve = serve
-        self._slots: dict[int, int] = {}
+        self._posts: dict[int, tuple[int, int]] = {}
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -124,18 +129,18 @@ class ForkServer:
                 messages, fds = self._channel.receive_with_fds()
                 for message, fd in zip(messages, fds, strict=True):
                     self._fork(message, fd)
-        for pid in self._slots:
+        for pid in self._posts:
             end_group(pid)
 
     def _fork(self, message: JsonObject, fd: int) -> None:
-        slot, log, parent = int(str(message["fork"])), message["log"], os.getpid()
+        post, log, parent = (int(str(message["fork"])), int(str(message["rank"]))), message["log"], os.getpid()
         pid = os.fork()
         if pid == 0:
             self._become_worker(parent, fd, str(log) if log else None)
         lead_group(pid)
         os.close(fd)
-        self._slots[pid] = slot
-        self._channel.send({"forked": slot, "pid": pid})
+        self._posts[pid] = post
+        self._channel.send({"forked": post[0], "rank": post[1], "pid": pid})
 
     def _become_worker(self, parent: int, fd: int, log: str | None) -> None:
         status = 1
@@ -159,17 +164,17 @@ class ForkServer:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_read, 4096):
                 pass
-        while self._slots and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            slot = self._slots.pop(ended.si_pid, None)
-            if slot is not None:
+        while self._posts and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            post = self._posts.pop(ended.si_pid, None)
+            if post is not None:
                 # Before its number is free for others: what it started and left behind, such as data loaders.
                 end_group(ended.si_pid)
             _, status = os.waitpid(ended.si_pid, 0)
-            if slot is not None:  # else the program started it when it was imported
-                self._channel.send({"exited": slot, "status": status})
+            if post is not None:  # else the program started it when it was imported
+                self._channel.send({"exited": post[0], "rank": post[1], "status": status})
 
 
-def _stay_as_guardian(fd: int) -> None:
+def _stay_as_guardian(fd: int, folder: Path | None) -> None:
     """Fork; the child goes on as the worker, this process stays to end all that it started if the supervisor dies.
 
     A worker that is killed along with its supervisor could not. The two lead one group: this process its head, so that
@@ -187,6 +192,8 @@ def _stay_as_guardian(fd: int) -> None:
     handle = os.pidfd_open(worker)
     ready, _, _ = select.select([supervisor, handle], [], [])
     if supervisor in ready:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
     _end_as(os.waitpid(worker, 0)[1])
 
@@ -202,6 +209,13 @@ def _end_as(status: int) -> NoReturn:
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
+def _leave() -> NoReturn:
+    """Taking torch apart in good order would take half a second, for which the sweep's end would wait."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry of the process."""
     # Before anything slow: srun and Slurm send notices to every process of a step. This one ignores them.
@@ -212,16 +226,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--fresh", action="store_true", help="serve here instead of forking")
     parser.add_argument("--log", help="where a fresh worker prints")
+    parser.add_argument("--folder", type=Path, help="where ranks meet; removed once the supervisor is gone")
     options = parser.parse_args(arguments)
     die_with_parent(os.getppid())
     print_to(options.log)
     if options.fresh:
-        _stay_as_guardian(options.fd)
+        _stay_as_guardian(options.fd, options.folder)
     channel = Channel.from_fd(options.fd)
     at_end = contextlib.ExitStack()
     gc.disable()  # hardly anything that is imported becomes garbage, and looking for it takes a tenth of the time
     try:
-        serve = load(SweepPaths(options.dir), at_end)
+        serve = load(SweepPaths(options.dir), at_end, options.folder)
     except BaseException as error:
         traceback.print_exc()
         channel.send({"broken": f"{type(error).__name__}: {error}"})
@@ -231,16 +246,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.fresh:
         with at_end:
             serve(channel)
-        return
+        _leave()
     can_fork = forkable()
+    if can_fork and options.folder is not None:
+        at_end.callback(shutil.rmtree, options.folder, ignore_errors=True)
     channel.send({"ready": True, "fork": can_fork})
     with at_end:
         if can_fork:
             ForkServer(channel, serve).run()
-    # Taking torch apart in good order would take half a second, for which the sweep's end would wait.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    _leave()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One submission on its way to Slurm or to this machine, part by part, with the ledger ahead of every step.
 
     Handover(paths=paths, spec=spec, submission=submission).run()     hands over every part that isn't handed over
+    reducers(spec, num_trials)                                        the parts that reduce, the last one the root
 
 A part is announced, handed over, and noted. Whatever dies between two of these leaves a part in doubt, which the next
 `Handover` of the same submission looks up by its token before it tries again.
@@ -8,6 +9,7 @@ A part is announced, handed over, and noted. Whatever dies between two of these 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -16,17 +18,34 @@ from typing import TYPE_CHECKING
 
 from orchestrator import ledger, local, slurm, store
 from orchestrator.errors import OrcError, SbatchRejected, UsageError
+from orchestrator.ledger import Part
+from orchestrator.tree import Tree
 
 if TYPE_CHECKING:
-    from orchestrator.ledger import Part, Submission
+    from orchestrator.ledger import Submission
     from orchestrator.paths import SweepPaths
     from orchestrator.render import ReducerRequest
     from orchestrator.spec import SweepSpec
 
-__all__ = ["LOCAL", "REDUCER", "Handover", "render", "request"]
+__all__ = ["LOCAL", "REDUCER", "Handover", "reducers", "render", "request"]
 
 REDUCER = "reducer"
 LOCAL = "local"
+_LEVEL = "reduce-"
+
+
+def reducers(spec: SweepSpec, num_trials: int, max_array_size: int | None = None) -> tuple[Part, ...]:
+    """The parts that reduce: arrays for the levels of the tree, if there is one, and the job that writes the summary.
+
+    Args:
+        spec: the sweep.
+        num_trials: of the plan.
+        max_array_size: elements that an array of this Slurm holds.
+    """
+    tree = Tree.of(num_trials, spec.reduce, max_array_size)
+    levels = tree.levels if spec.reduce.ranks == 1 else ()
+    arrays = (Part(what=f"{_LEVEL}{level}", num_workers=count) for level, count in enumerate(levels))
+    return (*arrays, Part(what=REDUCER))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +78,9 @@ class Handover:
             SlurmUnreachable: no Slurm, or no answer; the same call completes the submission later.
             UsageError: it was cancelled meanwhile.
         """
-        num_wanted = self.submission.num_workers
+        num_wanted, parts = self.submission.num_workers, self.submission.parts
+        num_reducers = sum(part.is_reducer for part in parts)
+        self._make_room()
         while part := next((part for part in self.submission.parts if not part.is_done), None):
             if (ended := ledger.cancelled_epoch(self.paths)) is not None and self.submission.epoch <= ended:
                 raise UsageError(f"{self.paths.id}: was cancelled; `orc resume {self.paths.id}` starts it again")
@@ -71,6 +92,11 @@ class Handover:
             self.notes.append(
                 f"{self.submission.num_workers} workers instead of {num_wanted}, since Slurm limits how many jobs you "
                 "may have in the queue; the trials are the same"
+            )
+        if sum(part.is_reducer for part in self.submission.parts) < num_reducers:
+            self.notes.append(
+                "fewer reducers than planned, since Slurm limits how many jobs you may have in the queue; the last one "
+                "does their work"
             )
         return self.submission
 
@@ -112,7 +138,7 @@ class Handover:
         store.write(script, render(self._request(part)), mode=0o700)
         self._announce(part, script=script.name)
         comment = ledger.comment_of(self.submission.token, part.what)
-        dependency = self._dependency() if part.what == REDUCER else None
+        dependency = self._dependency() if part.is_reducer else None
         try:
             return slurm.sbatch(script, comment=comment, dependency=dependency, patience=self.patience)
         except SbatchRejected as error:
@@ -121,7 +147,7 @@ class Handover:
             return None
 
     def _dependency(self) -> str | None:
-        """After every array of workers; those that an earlier command submitted count only while Slurm knows them."""
+        """After every part before it; those that an earlier command submitted count only while Slurm knows them."""
         jobs = [part.job for part in self.submission.parts if part.job is not None]
         if self.is_continued:
             known = {row.array_job_id for row in self._queue() if row.is_live}
@@ -129,38 +155,64 @@ class Handover:
         return f"afterany:{':'.join(jobs)}" if jobs else None
 
     def _request(self, part: Part) -> ReducerRequest:
-        num_arrays = sum(other.what != REDUCER for other in self.submission.parts)
-        return request(self.paths, self.spec, self.submission, part, num_arrays=num_arrays)
+        return request(self.paths, self.spec, self.submission, part)
 
     def _shrink(self, part: Part, error: SbatchRejected) -> None:
-        """Lay the submission out with fewer workers, if that is what sbatch minds.
+        """Lay the submission out with fewer workers, or without a tree of reducers, if that is what sbatch minds.
 
         Raises:
             SbatchRejected: it is not, or there is nothing left to take away.
         """
         accepted = tuple(other for other in self.submission.parts if other.is_done)
-        if part.what == REDUCER and accepted:
+        is_over = slurm.is_over_limit(error)
+        if part.is_reducer and accepted and not (is_over and part.what != REDUCER):
             raise SbatchRejected(_without_reducer(accepted, error)) from error
-        if part.what == REDUCER or not slurm.is_over_limit(error):
+        if part.what == REDUCER or not is_over:
             raise error
-        count = self._fewer(part, accepted)
+        waiting = [other for other in self.submission.parts if other.is_reducer and not other.is_done]
+        if part.is_reducer:
+            self._lay_out(*accepted, waiting[-1])
+        else:
+            self._shrink_workers(part, error, accepted, waiting)
+
+    def _shrink_workers(
+        self, part: Part, error: SbatchRejected, accepted: tuple[Part, ...], reducers: list[Part]
+    ) -> None:
+        """Fewer workers, so that the reducers find room; with no room for a tree, the root alone."""
+        room = self._room()
+        if room is not None and room <= _num_jobs(reducers):
+            reducers = reducers[-1:]
+        # Where the limit is unknown: half, or none beside arrays that were accepted.
+        left = (0 if accepted else part.num_workers // 2) if room is None else room - _num_jobs(reducers)
+        count = max(0, min(part.num_workers - 1, left))
         if count < 1 and not accepted:
             raise error
         fewer = (replace(part, num_workers=count, asked=True, error=str(error)),) if count else ()
-        reducer = tuple(other for other in self.submission.parts if other.what == REDUCER)
-        self.submission = replace(self.submission, parts=(*accepted, *fewer, *reducer))
+        self._lay_out(*accepted, *fewer, *reducers)
 
-    def _fewer(self, part: Part, accepted: tuple[Part, ...]) -> int:
-        """The next smaller number of workers to try: what the limit leaves, less one for the reducer.
+    def _make_room(self) -> None:
+        """Fewer workers from the start, where a tree of reducers would find no room behind them.
 
-        Where the limit is unknown: half, or none beside arrays that were accepted, so that the reducer finds room.
+        An array that has been taken can't be shrunk. For a single reducer this isn't worth another command of Slurm's.
         """
+        workers = [part for part in self.submission.parts if not part.is_reducer]
+        reducers = [part for part in self.submission.parts if part.is_reducer]
+        if len(reducers) < 2 or any(part.asked for part in self.submission.parts) or (room := self._room()) is None:
+            return
+        if room <= _num_jobs(reducers):
+            reducers = reducers[-1:]
+        self._lay_out(*_fitting(workers, room - _num_jobs(reducers)), *reducers)
+
+    def _room(self) -> int | None:
+        """How many more jobs the limit leaves; None where it is unknown."""
         limit = slurm.submit_limit(patience=self.patience)
         if limit is None:
-            return 0 if accepted else part.num_workers // 2
+            return None
         self.rows = None
-        taken = sum(row.is_live for row in self._queue())
-        return max(0, min(part.num_workers - 1, limit - taken - 1))
+        return limit - sum(row.is_live for row in self._queue())
+
+    def _lay_out(self, *parts: Part) -> None:
+        self.submission = replace(self.submission, parts=parts)
 
     # The ledger
 
@@ -186,35 +238,31 @@ class Handover:
         self.submission = replace(self.submission, parts=parts)
 
 
-def request(
-    paths: SweepPaths, spec: SweepSpec, submission: Submission, part: Part, *, num_arrays: int
-) -> ReducerRequest:
+def request(paths: SweepPaths, spec: SweepSpec, submission: Submission, part: Part) -> ReducerRequest:
     """What the script of `part` needs.
 
     Raises:
         UsageError: a path or an option that a script can't say.
     """
-    from orchestrator.render import ReducerRequest, WorkersRequest
+    from orchestrator.render import LevelRequest, ReducerRequest, WorkersRequest
 
-    if part.what == REDUCER:
-        return ReducerRequest(
-            spec=spec,
-            sweep_id=paths.id,
-            root=str(paths.root),
-            python=sys.executable,
-            token=submission.token,
-            epoch=submission.epoch,
-        )
-    return WorkersRequest(
+    ranges = next((other.num_workers for other in submission.parts if other.what == f"{_LEVEL}0"), 1)
+    plain = ReducerRequest(
         spec=spec,
         sweep_id=paths.id,
         root=str(paths.root),
         python=sys.executable,
         token=submission.token,
         epoch=submission.epoch,
-        num_workers=part.num_workers,
-        first_worker=part.first_worker,
-        num_arrays=num_arrays,
+        num_ranges=ranges,
+    )
+    if part.what == REDUCER:
+        return plain
+    if part.is_reducer:
+        level = int(part.what.removeprefix(_LEVEL))
+        return LevelRequest.of(plain, level=level, num_reducers=part.num_workers)
+    return WorkersRequest.of(
+        plain, num_workers=part.num_workers, first_worker=part.first_worker, num_arrays=submission.num_arrays
     )
 
 
@@ -224,6 +272,20 @@ def render(wanted: ReducerRequest) -> bytes:
 
     text = render_workers(wanted) if isinstance(wanted, WorkersRequest) else render_reducer(wanted)
     return text.encode()
+
+
+def _fitting(workers: list[Part], room: int) -> list[Part]:
+    """The first of the workers, as many as there is room for; with no room at all, all of them: sbatch says no best."""
+    if room < 1:
+        return workers
+    starts = itertools.accumulate((part.num_workers for part in workers), initial=0)
+    left = [(part, room - start) for part, start in zip(workers, starts, strict=False)]
+    return [replace(part, num_workers=min(part.num_workers, most)) for part, most in left if most > 0]
+
+
+def _num_jobs(parts: list[Part]) -> int:
+    """What of a limit on jobs the parts use up: each element of an array counts."""
+    return sum(max(1, part.num_workers) for part in parts)
 
 
 def _script_name(part: Part, epoch: int) -> str:

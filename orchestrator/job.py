@@ -116,11 +116,12 @@ def _import_file(code: Path, path: Path) -> ModuleType:
     return module
 
 
-def preload(job: Job) -> None:
+def preload(job: Job, *, ranks: int = 1) -> None:
     """Do once, before forking, what every trial would do by itself: `preload()` of the job, torch's lazy imports."""
     source = getattr(job.module, "__file__", None)
-    if source and "optim" in Path(source).read_text(errors="replace"):
-        import torch._dynamo  # noqa: F401  # the first optimizer imports it, which takes a second
+    if ranks > 1 or (source and "optim" in Path(source).read_text(errors="replace")):
+        # The first optimizer imports it, which takes a second, and so does what distributes a network.
+        import torch._dynamo  # noqa: F401
     prepare = getattr(job.module, "preload", None)
     if callable(prepare):
         prepare()

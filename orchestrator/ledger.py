@@ -50,9 +50,10 @@ class Part:
     """One script or process of a submission.
 
     Args:
-        what: its name: `workers-0`, `workers-1`, ..., `reducer`, or `local`.
+        what: its name: `workers-0`, `workers-1`, ..., `reduce-0`, `reduce-1`, ... (levels of a tree of reducers, each
+            an array), `reducer`, or `local`.
         first_worker: number of its first worker.
-        num_workers: how many workers it holds; trials at a time for `local`, 0 for a reducer.
+        num_workers: elements of its array, 0 for a job that is none; trials at a time for `local`.
         asked: whether an intent to hand it over was written down.
         job: Slurm's id of the job or the array.
         cluster: Slurm's name of the cluster, where there are several.
@@ -70,6 +71,11 @@ class Part:
     name: str | None = None
     process: Process | None = None
     error: str | None = None
+
+    @property
+    def is_reducer(self) -> bool:
+        """Whether it runs no trials, and comes after what does."""
+        return self.what.startswith("reduce")
 
     @property
     def is_done(self) -> bool:
@@ -112,7 +118,12 @@ class Submission:
     @property
     def num_workers(self) -> int:
         """Workers of all parts together."""
-        return sum(part.num_workers for part in self.parts)
+        return sum(part.num_workers for part in self.parts if not part.is_reducer)
+
+    @property
+    def num_arrays(self) -> int:
+        """How many parts hold workers."""
+        return sum(not part.is_reducer for part in self.parts)
 
 
 def comment_of(token: str, what: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from orchestrator import resumption
 from orchestrator.channel import MARK
 from orchestrator.errors import NothingMatched
 from orchestrator.plan import Trial
@@ -73,10 +74,24 @@ def show(sweep: Sweep, trial: Trial, *, follow: bool, write: Callable[[str], Non
         raise NothingMatched(f"{sweep.id}: trial {trial.index} has printed nothing yet; `orc status` shows what runs")
 
 
+def _heading(sweep: Sweep, trial: Trial, attempt: int, path: Path) -> str:
+    """The line before an attempt: where it printed; of one after the first, what ended the one before and what came."""
+    if attempt <= 0:
+        return f"--- {path.name}\n"
+    ended = resumption.ends(sweep.paths, trial.index).get(attempt - 1)
+    resumed = {(one.trial, one.attempt): one for one in resumption.read(sweep.paths).resumptions}
+    found = resumed.get((trial.index, attempt))
+    words = [f"after {ended}"] if ended else []
+    if found is not None:
+        words.append(f"goes on from step {found.step}" if found.step else "begins anew")
+        words.append(f"{found.lost} steps done twice" if found.lost else "nothing lost")
+    return f"--- {path.name}: attempt {attempt}{', ' if words else ''}{'; '.join(words)}\n"
+
+
 def _write_new(sweep: Sweep, trial: Trial, shown: dict[tuple[int, Path], int], write: Callable[[str], None]) -> None:
     for attempt, path, text in pieces(sweep.paths.logs, trial.trial):
         before = shown.get((attempt, path), 0)
         if before == 0:
-            write(f"--- {path.name}\n")
+            write(_heading(sweep, trial, attempt, path))
         write(text[before:].decode(errors="replace"))
         shown[attempt, path] = len(text)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import heapq
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator.fold import Fold
 from orchestrator.paths import SweepPaths
-from orchestrator.records import Status
 from orchestrator.spec import Metric
 
-__all__ = ["Podium", "best", "prune"]
+__all__ = ["Podium", "best", "let_go", "model_of", "prune", "remove"]
 
 
 def rank_key(metric: Metric, value: float, index: int) -> tuple[float, int]:
@@ -26,7 +25,7 @@ def rank_key(metric: Metric, value: float, index: int) -> tuple[float, int]:
 
 def best(fold: Fold, metric: Metric, top: int) -> list[int]:
     """The indices of the `top` best complete trials, best first."""
-    return heapq.nsmallest(top, fold.trials(Status.COMPLETE), key=lambda i: rank_key(metric, fold.values[i], i))
+    return fold.best(metric, top)
 
 
 class Podium:
@@ -51,7 +50,12 @@ class Podium:
         return value if self._metric.goal == "minimize" else -value
 
     def add(self, index: int, value: float, sha256: str) -> list[tuple[int, str]]:
-        """Rank a completed trial whose model is `sha256`; returns (index, sha256) of the models that no longer rank."""
+        """Rank a completed trial whose model is `sha256`; returns (index, sha256) of the models that no longer rank.
+
+        A trial that ranks already has one place still, by what is said of it last. Its earlier model is not returned:
+        which of the two counts is for the join to say.
+        """
+        self._ranked = [one for one in self._ranked if one[0][1] != index]
         bisect.insort(self._ranked, (rank_key(self._metric, value, index), sha256))
         out, self._ranked = self._ranked[self._top :], self._ranked[: self._top]
         return [(key[1], sha) for key, sha in out]
@@ -62,33 +66,55 @@ def prune(paths: SweepPaths, fold: Fold, metric: Metric, top: int, *, alone: boo
 
     Args:
         paths: the sweep.
-        fold: up to date; only outcomes in it decide.
+        fold: up to date, of all trials; only outcomes in it decide.
         metric: the objective.
         top: how many models are kept.
         alone: no worker of the sweep is alive, so a model without a record will never get one.
     """
-    wanted = {i: _model_of(fold, i) for i in best(fold, metric, top)}
-    removed = 0
-    for path in sorted(paths.models.glob("*.safetensors")):
-        if _is_beaten(path, fold, wanted, alone=alone):
-            path.unlink(missing_ok=True)
-            removed += 1
-    return removed
+    ranked = {i: model_of(fold, i) for i in best(fold, metric, top)}
+    return let_go(paths, range(fold.num_trials), ranked, lambda trial: model_of(fold, trial), alone=alone)
 
 
-def _is_beaten(path: Path, fold: Fold, wanted: dict[int, str | None], *, alone: bool) -> bool:
+def let_go(
+    paths: SweepPaths,
+    trials: range,
+    ranked: Mapping[int, str | None],
+    recorded: Callable[[int], str | None],
+    *,
+    alone: bool,
+) -> int:
+    """Delete the models of `trials` that don't rank; returns how many.
+
+    Args:
+        paths: the sweep.
+        trials: whose models these are; those of others stay.
+        ranked: the best of them, with the sha256 of their models. As many trials as are kept, or all that are complete.
+        recorded: gives the sha256 in a trial's kept outcome.
+        alone: no worker of the sweep is alive.
+    """
+    beaten = [path for path in paths.models.glob("*.safetensors") if _is_beaten(path, trials, ranked, recorded, alone)]
+    for path in sorted(beaten):
+        path.unlink(missing_ok=True)
+    return len(beaten)
+
+
+def _is_beaten(
+    path: Path, trials: range, ranked: Mapping[int, str | None], recorded: Callable[[int], str | None], alone: bool
+) -> bool:
     index, _, sha256 = path.stem.partition("-")
-    if not index.isdigit() or int(index) >= fold.num_trials:
+    if not index.isdecimal() or (trial := int(index)) not in trials:
         return False
-    trial = int(index)
-    kept = wanted.get(trial)
-    if kept is not None and kept.startswith(sha256):
+    if (ranked.get(trial) or _NONE).startswith(sha256):
         return False
-    recorded = (_model_of(fold, trial) or "").startswith(sha256)
-    return alone or (recorded and trial not in wanted)
+    # A trial that ranks has no other model recorded than the one that was compared above.
+    return alone or (recorded(trial) or _NONE).startswith(sha256)
 
 
-def _model_of(fold: Fold, trial: int) -> str | None:
+_NONE = "-"  # which no digest begins with
+
+
+def model_of(fold: Fold, trial: int) -> str | None:
+    """The sha256 of the model in the kept outcome of a trial."""
     model = fold.payload(trial).get("model")
     return model if isinstance(model, str) else None
 

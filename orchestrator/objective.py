@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from orchestrator.records import Status
 from orchestrator.spec import Metric
-from orchestrator.store import JsonObject
+from orchestrator.store import Json, JsonObject
 
 __all__ = ["Diverged", "NoResult", "Objective"]
 
@@ -73,6 +74,17 @@ class Objective:
     def value(self) -> float | None:
         """The objective as it counts so far; NaN or infinite once it diverged."""
         return None if self._counts is None else self._counts.value
+
+    def to_tree(self) -> JsonObject:
+        """All that it has taken, as plain values."""
+        counts, seen = self._counts, list[Json](sorted(self._seen))
+        return {"counts": None if counts is None else [counts.value, counts.step, counts.metrics], "seen": seen}
+
+    def take_tree(self, tree: JsonObject) -> None:
+        """Go on from what `to_tree` gave."""
+        counts = cast("tuple[float, int, JsonObject] | None", tree["counts"])
+        self._counts = None if counts is None else _Report(*counts)
+        self._seen = set(cast("list[str]", tree["seen"]))
 
     def outcome(self) -> tuple[Status, JsonObject]:
         """Status and payload, when the trial has ended.

@@ -112,6 +112,24 @@ class SweepPaths:
         return self.root / "summary.json"
 
     @property
+    def fold_cache(self) -> Path:
+        """What the last fold knew; derived, and deleting it loses nothing but time."""
+        return self.root / "fold.cache"
+
+    @property
+    def parts(self) -> Path:
+        """Folder of what reducers leave for the next level; derived, and there only while they work."""
+        return self.root / "reduce"
+
+    def part(self, first: int, last: int) -> Path:
+        """What is known of the trials `first..last`, both included."""
+        return self.parts / f"{first}-{last}.json"
+
+    def rendezvous(self, name: str) -> Path:
+        """Folder where the ranks of one job step meet; there only until they have."""
+        return self.root / f".rendezvous-{name}"
+
+    @property
     def logs(self) -> Path:
         """Folder of what workers print."""
         return self.root / "logs"
@@ -119,6 +137,10 @@ class SweepPaths:
     def slot_log(self, submission: str, slot: int) -> Path:
         """What the worker in one slot of a supervisor with several prints; `submission` is the token."""
         return self.logs / f"local-{submission[:8]}-{slot}.log"
+
+    def rank_log(self, submission: str, worker: int, slot: int, rank: int) -> Path:
+        """What a rank that doesn't speak for its trial prints; `worker` is the supervisor's number."""
+        return self.logs / f"rank-{submission[:8]}-{worker}-{slot}.{rank}.log"
 
     @property
     def folders(self) -> tuple[Path, ...]:

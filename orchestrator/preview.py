@@ -10,6 +10,7 @@ from orchestrator import handover, show
 from orchestrator.ledger import Part, Submission
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import blocks
+from orchestrator.spec import Launch
 
 if TYPE_CHECKING:
     from orchestrator.intake import Intake
@@ -32,7 +33,7 @@ def text(taken: Intake) -> str:
     size, count = blocks(plan.num_trials, spec.launch.trials_per_task)
     lines = [
         f"{plan.id}: {show.plural(plan.num_trials, 'trial')} ({spec.method}), {show.plural(count, 'block')} of {size}",
-        f"  {spec.metric.goal} {spec.metric.name}, seed {spec.seed}, {show.plural(spec.launch.cpus, 'thread')} a trial",
+        f"  {spec.metric.goal} {spec.metric.name}, seed {spec.seed}, {_width(spec.launch)} a trial",
         f"  code: {show.plural(len(taken.snapshot.files), 'file')} of {show.path(taken.root)}",
         *(f"  left out of the code: {line}" for line in taken.snapshot.skipped),
     ]
@@ -46,12 +47,17 @@ def text(taken: Intake) -> str:
     return "\n".join(lines)
 
 
+def _width(launch: Launch) -> str:
+    threads = show.plural(launch.cpus, "thread")
+    return threads if launch.num_ranks == 1 else f"{show.plural(launch.num_ranks, 'rank')} of {threads}"
+
+
 def scripts(taken: Intake, runs: Path) -> str:
-    """The sbatch scripts that a submission would hand over, one array of workers and the reducer."""
+    """The sbatch scripts that a submission would hand over, one array of workers and the reducers."""
     plan = taken.plan
     workers = Part(what="workers-0", num_workers=blocks(plan.num_trials, plan.spec.launch.trials_per_task).num_blocks)
-    parts = (workers, Part(what=handover.REDUCER))
+    parts = (workers, *handover.reducers(plan.spec, plan.num_trials))
     submission = Submission(token=_NO_TOKEN, epoch=0, on="slurm", host="", parts=parts)
     paths = SweepPaths(runs / plan.id)
-    requests = (handover.request(paths, plan.spec, submission, part, num_arrays=1) for part in parts)
+    requests = (handover.request(paths, plan.spec, submission, part) for part in parts)
     return "\n".join(handover.render(request).decode() for request in requests)

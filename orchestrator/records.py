@@ -4,7 +4,9 @@
     start     an attempt at a trial; durable before the user's code runs
     report    metrics at a step
     outcome   complete, diverged, pruned or failed, with the payload that counts
-    end       an attempt that ended without an outcome, and its cause
+    end       an attempt that ended without an outcome, its cause, and the step that it has saved
+    at        where a trial is, and the last step that is saved, now and then
+    resume    where an attempt after the first goes on, and how many steps are done again
     notice    a signal that arrived, and what was done about it
     beat      nothing new, but still alive
 
@@ -24,7 +26,7 @@ from orchestrator.errors import OrcError
 from orchestrator.paths import SweepPaths
 from orchestrator.store import AppendFile, Json, JsonObject
 
-__all__ = ["Cause", "RecordWriter", "Status", "end", "notice", "outcome", "report", "start"]
+__all__ = ["Cause", "RecordWriter", "Status", "at", "end", "notice", "outcome", "report", "resume", "start"]
 
 SYNC_AGE_S = 0.5
 """Longest time that an outcome waits for the disk, in seconds."""
@@ -80,13 +82,27 @@ def outcome(*, trial: int, attempt: int, status: Status, payload: JsonObject, se
     }
 
 
-def end(*, trial: int, attempt: int, cause: Cause, detail: str, begun: bool = True) -> JsonObject:
+def end(
+    *, trial: int, attempt: int, cause: Cause, detail: str, begun: bool = True, step: int | None = None
+) -> JsonObject:
     """An attempt that ended without an outcome, such as by a signal; `detail` says which.
 
-    One that had not `begun` is charged to nobody.
+    One that had not `begun` is charged to nobody. `step` is the one at which it has saved and left.
     """
     line: JsonObject = {"kind": "end", "trial": trial, "attempt": attempt, "cause": cause.value, "detail": detail}
+    if step is not None:
+        line["step"] = step
     return line if begun else {**line, "begun": False}
+
+
+def at(*, trial: int, attempt: int, step: int, saved: int | None) -> JsonObject:
+    """Where a trial is in training, and the last step of which a checkpoint is durable."""
+    return {"kind": "at", "trial": trial, "attempt": attempt, "step": step, "saved": saved}
+
+
+def resume(*, trial: int, attempt: int, step: int, lost: int) -> JsonObject:
+    """An attempt after the first goes on from `step`, or begins anew at 0; it does `lost` steps again."""
+    return {"kind": "resume", "trial": trial, "attempt": attempt, "step": step, "lost": lost}
 
 
 def notice(*, signal: str, state: str, action: str) -> JsonObject:
@@ -136,29 +152,29 @@ class RecordWriter:
             raise
         return writer, file
 
-    def append(self, *lines: JsonObject, durable: bool = False) -> None:
-        """Write lines; with `durable`, return once they are on the disk."""
+    def append(self, *lines: JsonObject, durable: bool = False, lasting: bool = True) -> None:
+        """Write lines; with `durable`, return once they are on the disk. Those not `lasting` go there with others."""
         if not lines:
             return
         try:
-            self._append(lines, durable)
+            self._append(lines, durable, lasting)
         except OrcError:
             self._abandon()
             # Claims and starts name the old file, so the new one says whose they are now.
             self.writer, self._file = self._open({"continues": self.writer})
-            self._append(lines, durable)
+            self._append(lines, durable, lasting)
 
     def _abandon(self) -> None:
         # Its earlier lines stay good, and should reach the disk like any other.
         with contextlib.suppress(OrcError):
             self._file.close()
 
-    def _append(self, lines: tuple[JsonObject, ...], durable: bool) -> None:
+    def _append(self, lines: tuple[JsonObject, ...], durable: bool, lasting: bool) -> None:
         self._file.append(*lines)
         self._last_line = self._clock()
         if durable:
             self.sync()
-        elif self._dirty_since is None:
+        elif lasting and self._dirty_since is None:
             self._dirty_since = self._last_line
 
     @property

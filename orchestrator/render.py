@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 
 from orchestrator.errors import UsageError
 
@@ -37,6 +37,7 @@ __all__ = [
     "EXPORTED",
     "OWNED",
     "Form",
+    "LevelRequest",
     "ReducerRequest",
     "WorkersRequest",
     "arrays",
@@ -79,6 +80,7 @@ class ReducerRequest:
         python: the interpreter, absolute; used unless `launch` names an environment of its own.
         token: the submission's random token, hexadecimal digits.
         epoch: the submission's number, from 0.
+        num_ranges: ranges of trials that reducers of level 0 have folded before; 1 for none.
 
     Raises:
         UsageError: a value that a script can't say: all of them, one a line.
@@ -90,6 +92,13 @@ class ReducerRequest:
     python: str
     token: str
     epoch: int = 0
+    num_ranges: int = 1
+
+    @classmethod
+    def of(cls, plain: ReducerRequest, **more: int) -> Self:
+        """A request of this kind about the same sweep and submission, with what it needs besides."""
+        given: dict[str, object] = {each.name: getattr(plain, each.name) for each in fields(ReducerRequest)}
+        return cls(**{**given, **more})  # type: ignore[arg-type]  # as the fields are
 
     def __post_init__(self) -> None:
         problems = [*_problems(self), *_launch_problems(self.spec.launch), *_option_problems(self.spec)]
@@ -100,6 +109,24 @@ class ReducerRequest:
     def job_name(self) -> str:
         """Name of the reducer job: it tells sweep and submission apart."""
         return f"{self.sweep_id}.{self.token[:8]}.reduce"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelRequest(ReducerRequest):
+    """What the script of one level of a tree of reducers needs, below its root.
+
+    Args:
+        level: 0 for those that fold ranges of trials.
+        num_reducers: how many there are, elements of one array.
+    """
+
+    level: int
+    num_reducers: int
+
+    @property
+    def job_name(self) -> str:
+        """Name of the array job: it tells sweep, submission and level apart."""
+        return f"{self.sweep_id}.{self.token[:8]}.reduce-{self.level}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +176,7 @@ def render_workers(request: WorkersRequest) -> str:
         **_options(request, log="%A_%a.log"),
         "array": f"0-{request.num_workers - 1}{_throttle(request)}",
         "signal": f"B:TERM@{launch.notice_s}",
-        "cpus-per-task": launch.cpus,
+        "cpus-per-task": launch.cpus_per_trial,
         **request.spec.slurm,
     }
     return _render(
@@ -158,15 +185,43 @@ def render_workers(request: WorkersRequest) -> str:
         options,
         banner=f"Workers {_range(request)} ({form}) of {_sweep(request)}",
         first_worker=request.first_worker,
-        cpus=_option_text(options["cpus-per-task"] or launch.cpus),
+        cpus=_option_text(options["cpus-per-task"] or launch.cpus_per_trial),
     )
 
 
 def render_reducer(request: ReducerRequest) -> str:
-    """The script of the reducer job."""
+    """The script of the reducer job, or of a level of reducers."""
+    reduce = request.spec.reduce
+    ranks = reduce.ranks if request.num_ranges == 1 else 1
     own = _options(request, log="reducer-%j.log")
-    options = {**own, **request.spec.slurm, "cpus-per-task": 1, **request.spec.reduce.slurm}
-    return _render("reducer.sh.j2", request, options, banner=f"The reducer of {_sweep(request)}")
+    if isinstance(request, LevelRequest):
+        own |= {"array": f"0-{request.num_reducers - 1}", "output": _log(request, f"reduce-{request.level}-%A_%a.log")}
+    tasks: dict[str, Json] = {"ntasks": ranks} if ranks > 1 else {}
+    options = {**own, **request.spec.slurm, "cpus-per-task": 1, **tasks, **reduce.slurm}
+    return _render(
+        "reducer.sh.j2",
+        request,
+        options,
+        banner=f"{_who_reduces(request)} of {_sweep(request)}",
+        ranks=ranks,
+        cpus=_option_text(options["cpus-per-task"] or 1),
+        place=_place_in_tree(request),
+    )
+
+
+def _who_reduces(request: ReducerRequest) -> str:
+    if isinstance(request, LevelRequest):
+        return f"Reducers 0 to {request.num_reducers - 1} of level {request.level}"
+    return "The reducer" if request.num_ranges == 1 else "The root of the reducers"
+
+
+def _place_in_tree(request: ReducerRequest) -> str:
+    """Arguments that tell a reducer its trials; none where there is no tree."""
+    if request.num_ranges == 1:
+        return ""
+    tree = f" --ranges {request.num_ranges} --fan-in {request.spec.reduce.fan_in}"
+    own = f' --level {request.level} --number "$SLURM_ARRAY_TASK_ID"' if isinstance(request, LevelRequest) else ""
+    return tree + own
 
 
 def _sweep(request: ReducerRequest) -> str:
@@ -186,11 +241,15 @@ def _options(request: ReducerRequest, *, log: str) -> dict[str, Json]:
     return {
         "job-name": request.job_name,
         "chdir": request.root,
-        "output": f"{request.root.replace('%', '%%')}/logs/{log}",
+        "output": _log(request, log),
         "open-mode": "append",
         "requeue": True,
         "export": ",".join(EXPORTED),
     }
+
+
+def _log(request: ReducerRequest, name: str) -> str:
+    return f"{request.root.replace('%', '%%')}/logs/{name}"
 
 
 def _render(template: str, request: ReducerRequest, options: Mapping[str, Json], **more: str | int) -> str:

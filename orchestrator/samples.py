@@ -1,30 +1,28 @@
-"""Arrays of samples to exact sums, extremes and bucket counts, at the speed of NumPy.
+"""Arrays of samples, chunk by chunk: exact sums, extremes, counts by bucket.
 
-Floats are split into limbs so short that a whole chunk of them adds up in float64 without rounding; limbs are added per
-exponent by `numpy.bincount`, and only those few sums are put together as Python integers. Nothing depends on the order
-in which NumPy adds. Only this module of the summary imports NumPy, and only `Summary.of_samples` imports this module.
+Few samples are sorted once, and everything is read off in a few calls; many go through passes whose cost is per sample.
+Which way was taken shows in no bit of the result. Of the summary's modules only this one and those it is made of
+(`limbs`, `cells`) import NumPy, and only `Summary.of_samples` and `Summary.mean_of` import this one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, TypeAlias, TypeGuard
+import math
+from array import array as doubles
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 
-from orchestrator.exact import SQUARE_SHIFT, UNIT_SHIFT
+from orchestrator import cells, limbs
+from orchestrator.exact import UNIT_SHIFT
+from orchestrator.limbs import Floats, total
+from orchestrator.ranking import LEAST_KEY, Pair
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Chunk", "Samples", "all_finite", "array", "chunks", "total", "weighted"]
-
-# With 2**15 samples a chunk, the widest sum of limbs (4ac + b*b below, under 1.5 * 2**37 a sample) stays under 2**53.
-_CHUNK: Final = 1 << 15
-
-_Pairs: TypeAlias = list[tuple[float, int]]
-Floats: TypeAlias = "NDArray[np.float32] | NDArray[np.float64]"
+__all__ = ["NONE", "Chunk", "Keys", "Samples", "all_finite", "array", "chunks", "total", "weighted"]
 
 
 class Tensor(Protocol):
@@ -44,15 +42,15 @@ class Tensor(Protocol):
 
 
 Samples: TypeAlias = "Sequence[float] | NDArray[np.generic] | Tensor"
+Keys: TypeAlias = "Sequence[int] | NDArray[np.integer]"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(NamedTuple):
     """What up to 2**15 samples come to.
 
     Args:
-        count: finite samples.
-        refused: samples that are NaN or infinite.
+        num_finite: finite samples.
+        num_refused: samples that are NaN or infinite.
         total: exact sum, in units of 2**-1074.
         squares: exact sum of squares, in units of 2**-2148.
         low: the smallest samples as (value, key), in that order.
@@ -60,13 +58,44 @@ class Chunk:
         buckets: number of samples by bucket.
     """
 
-    count: int
-    refused: int
+    num_finite: int
+    num_refused: int
     total: int
     squares: int
-    low: _Pairs
-    high: _Pairs
-    buckets: dict[int, int]
+    low: Sequence[Pair]
+    high: Sequence[Pair]
+    buckets: Mapping[int, int]
+
+
+NONE = Chunk(0, 0, 0, 0, (), (), {})
+"""No samples at all."""
+
+
+class Named(NamedTuple):
+    """Samples and their keys: of samples of equal value, the earlier has the smaller key, if not the same.
+
+    Args:
+        values: the samples.
+        keys: as many keys, or the key of the first when each next one's is one more.
+    """
+
+    values: Floats
+    keys: int | NDArray[np.int64]
+
+    def cut(self, start: int, end: int) -> Named:
+        """The samples from position `start` to before `end`."""
+        if not start and end >= len(self.values):
+            return self
+        keys = self.keys + start if isinstance(self.keys, int) else self.keys[start:end]
+        return Named(self.values[start:end], keys)
+
+    def keys_at(self, positions: NDArray[np.intp]) -> list[int]:
+        """The keys of the samples at these positions."""
+        if isinstance(self.keys, int):
+            found: list[int] = positions.tolist()
+            return [self.keys + position for position in found] if self.keys else found
+        keys: list[int] = self.keys[positions].tolist()
+        return keys
 
 
 def array(values: Samples) -> Floats:
@@ -75,12 +104,27 @@ def array(values: Samples) -> Floats:
     Raises:
         TypeError: the values are not real numbers.
     """
-    found = np.asarray(_of_tensor(values) if _is_tensor(values) else values)
+    found = _of_list(values) if isinstance(values, (list, tuple)) else _as_array(values)
     if found.dtype.kind not in "biuf" and found.size:
         raise TypeError(f"samples must be real numbers, found an array of {found.dtype}")
     if found.dtype == np.float32 or found.dtype == np.float16:
         return found.astype(np.float32, copy=False).ravel()
     return found.astype(np.float64, copy=False).ravel()
+
+
+def _of_list(values: Sequence[float]) -> NDArray[np.generic]:
+    try:
+        return np.frombuffer(doubles("d", values))  # half the time of np.asarray
+    except (TypeError, ValueError, OverflowError):  # lists in lists, or no numbers
+        pass
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise TypeError(f"samples must be real numbers: {error}") from None
+
+
+def _as_array(values: Samples) -> NDArray[np.generic]:
+    return np.asarray(_of_tensor(values) if _is_tensor(values) else values)
 
 
 def _is_tensor(values: Samples) -> TypeGuard[Tensor]:
@@ -95,10 +139,46 @@ def _of_tensor(values: Tensor) -> Floats:
         return tensor.float().numpy()
 
 
-def chunks(values: Floats, first_key: int, top: int, sketch_bits: int) -> Iterator[Chunk]:
-    """The samples chunk by chunk; sample i has the key `first_key + i`."""
-    for start in range(0, len(values), _CHUNK):
-        yield _chunk(values[start : start + _CHUNK], first_key + start, top, sketch_bits)
+def chunks(values: Floats, keys: int | Keys, top: int, sketch_bits: int) -> Iterator[Chunk]:
+    """The samples chunk by chunk; `keys` are as many keys, or the key of the first when each next one's is one more.
+
+    Raises:
+        TypeError: the keys are not whole numbers.
+        ValueError: not as many keys as values, or a key is no 64-bit integer.
+    """
+    for part in (Named(values, keys),) if isinstance(keys, int) else _named(values, _key_array(keys)):
+        for start in range(0, len(part.values), limbs.CHUNK):
+            yield _chunk(part.cut(start, start + limbs.CHUNK), top, sketch_bits)
+
+
+def _named(values: Floats, keys: NDArray[np.int64]) -> Iterator[Named]:
+    """The samples with keys of their own, in an order that ranks ties right, in one part or two.
+
+    Where a key occurs with one value several times, the repetitions come in a part of their own: they count in sums,
+    and rank no better than what they repeat.
+    """
+    if len(keys) != len(values):
+        raise ValueError(f"there must be as many keys as values, found {len(keys)} for {len(values)}")
+    if (keys[1:] > keys[:-1]).all():
+        yield Named(values, keys)
+        return
+    order = np.lexsort((values, keys))
+    values, keys = values[order], keys[order]
+    repeated = np.zeros(len(keys), np.bool_)
+    repeated[1:] = (keys[1:] == keys[:-1]) & (values[1:] == values[:-1])
+    yield Named(values[~repeated], keys[~repeated])
+    yield Named(values[repeated], keys[repeated])
+
+
+def _key_array(keys: Keys) -> NDArray[np.int64]:
+    found = np.asarray(keys).ravel()
+    if not found.size:
+        return np.empty(0, np.int64)
+    if found.dtype.kind == "O" or (found.dtype.kind == "u" and found.max() >= -LEAST_KEY):
+        raise ValueError(f"keys must be 64-bit integers, found {found}")
+    if found.dtype.kind not in "iu":
+        raise TypeError(f"keys must be whole numbers, found an array of {found.dtype}")
+    return found.astype(np.int64, copy=False)
 
 
 def weighted(values: Floats, weights: Floats) -> tuple[Floats, int, int]:
@@ -125,127 +205,86 @@ def weighted(values: Floats, weights: Floats) -> tuple[Floats, int, int]:
     return result, excess, total(products[kept]) - total(result[kept])
 
 
-def _chunk(values: Floats, first_key: int, top: int, sketch_bits: int) -> Chunk:
-    finite = np.isfinite(values)
-    keys = None if finite.all() else np.flatnonzero(finite)
-    kept = values if keys is None else values[keys]
-    if not len(kept):
-        return Chunk(count=0, refused=len(values), total=0, squares=0, low=[], high=[], buckets={})
-    mantissas, exponents, least = _split(kept)
-    total, squares = _sums(mantissas, exponents, least)
-    low, high = _extremes(kept, keys, first_key, top)
-    return Chunk(
-        count=len(kept),
-        refused=len(values) - len(kept),
-        total=total,
-        squares=squares,
-        low=low,
-        high=high,
-        buckets=_buckets(mantissas, exponents, least, sketch_bits),
-    )
-
-
-def _split(values: Floats) -> tuple[Floats, NDArray[np.intp], int]:
-    """Mantissas, of size 0 or in [0.5, 1) even for subnormals; exponents over the least one; the least one."""
-    mantissas, exponents = np.frexp(values)
-    least = int(exponents.min())
-    return mantissas, np.subtract(exponents, least, dtype=np.intp), least
-
-
 def all_finite(values: Floats) -> bool:
     """Whether none of the values is NaN or infinite."""
     return bool(np.isfinite(values).all())
 
 
-def total(values: Floats) -> int:
-    """The exact sum of finite floats, in units of 2**-1074."""
-    parts = (values[start : start + _CHUNK] for start in range(0, len(values), _CHUNK))
-    return sum(_sums(*_split(part))[0] for part in parts)
+def _chunk(samples: Named, top: int, sketch_bits: int) -> Chunk:
+    few = _chunk_of_few(samples, top, sketch_bits) if len(samples.values) <= limbs.FEW else None
+    return few or _chunk_of_many(samples, top, sketch_bits)
 
 
-def _sums(mantissas: Floats, exponents: NDArray[np.intp], least: int) -> tuple[int, int]:
-    limbs = _sums24 if mantissas.dtype == np.float32 else _sums53
-    total, squares, digits = limbs(mantissas, exponents)
-    return _shift(total, UNIT_SHIFT + least - digits), _shift(squares, SQUARE_SHIFT + 2 * (least - digits))
+def _chunk_of_many(samples: Named, top: int, sketch_bits: int) -> Chunk:
+    finite = np.isfinite(samples.values)
+    positions = None if finite.all() else finite.nonzero()[0]
+    kept = samples.values if positions is None else samples.values[positions]
+    refused = len(samples.values) - len(kept)
+    if not len(kept):
+        return NONE._replace(num_refused=refused)
+    parts = limbs.split(kept)
+    low, high = _extremes(samples, positions, kept, top)
+    return Chunk(len(kept), refused, *limbs.sums(parts), low, high, cells.count(parts, sketch_bits))
 
 
-def _shift(number: int, by: int) -> int:
-    return number << by if by >= 0 else number >> -by
+def _chunk_of_few(samples: Named, top: int, sketch_bits: int) -> Chunk | None:
+    """None where the samples are not all finite, or range so wide that the shorter ways don't do."""
+    order = samples.values.argsort(kind="stable")  # of equal values, the earlier first
+    ordered = samples.values[order].astype(np.float64, copy=False)
+    least, greatest = float(ordered[0]), float(ordered[-1])
+    if not (math.isfinite(least) and math.isfinite(greatest)):  # NaN comes last
+        return None
+    sums = limbs.sums_of_few(ordered, max(-least, greatest), _smallest(ordered), limbs.digits(samples.values))
+    buckets = None if sums is None else cells.count_ordered(ordered, sketch_bits)
+    if sums is None or buckets is None:
+        return None
+    most = min(top, len(ordered))
+    low = _pairs(ordered[:most], samples.keys_at(order[:most]))
+    highest = _highest(ordered, most)
+    high = _pairs(-ordered[highest], samples.keys_at(order[highest]))
+    high.sort()
+    return Chunk(len(ordered), 0, sums[0], sums[1], low, high, buckets)
 
 
-def _sums24(mantissas: Floats, exponents: NDArray[np.intp]) -> tuple[int, int, int]:
-    """Sums for float32: with m the mantissas as 24-bit integers, the sums of m * 2**e and m * m * 4**e, and 24."""
-    whole = np.multiply(mantissas, 2.0**24, dtype=np.float64)
-    square = whole * whole
-    high = np.trunc(square * 2.0**-24)
-    square -= high * 2.0**24
-    total = _gather(exponents, whole, 1)
-    return total, (_gather(exponents, high, 2) << 24) + _gather(exponents, square, 2), 24
+def _pairs(values: NDArray[np.float64], keys: list[int]) -> list[Pair]:
+    numbers = values.tolist()
+    if 0.0 in numbers:
+        numbers = [number + 0.0 for number in numbers]
+    return list(zip(numbers, keys, strict=True))
 
 
-def _sums53(mantissas: Floats, exponents: NDArray[np.intp]) -> tuple[int, int, int]:
-    """Sums for float64: as `_sums24` for 53-bit integers m = a * 2**35 + b * 2**17 + c, and 53."""
-    scaled = np.multiply(mantissas, 2.0**18, dtype=np.float64)
-    a = np.trunc(scaled)
-    scaled = (scaled - a) * 2.0**18
-    b = np.trunc(scaled)
-    c = (scaled - b) * 2.0**17
-    total = (_gather(exponents, a * 2.0**18 + b, 1) << 17) + _gather(exponents, c, 1)
-    squares = (
-        (_gather(exponents, a * a, 2) << 70)
-        + (_gather(exponents, a * b, 2) << 53)
-        + (_gather(exponents, 4.0 * a * c + b * b, 2) << 34)
-        + (_gather(exponents, b * c, 2) << 18)
-        + _gather(exponents, c * c, 2)
-    )
-    return total, squares, 53
+def _smallest(ordered: NDArray[np.float64]) -> float | None:
+    """The smallest value over 0, where no value is below."""
+    if ordered[0] < 0.0 or not ordered[-1]:
+        return None
+    return float(ordered[0] or ordered[-np.count_nonzero(ordered)])
 
 
-def _gather(exponents: NDArray[np.intp], limbs: NDArray[np.float64], step: int) -> int:
-    """The sum of `limbs * 2**(step * exponents)`; the limbs are integers whose sum stays under 2**53."""
-    result = 0
-    for part in np.bincount(exponents, limbs)[::-1].tolist():
-        result = (result << step) + int(part)
-    return result
+def _highest(ordered: NDArray[np.float64], most: int) -> slice | NDArray[np.intp]:
+    """Where the `most` largest stand; of those tied with the last of them, the first."""
+    start = len(ordered) - most
+    if not start or ordered[start - 1] != ordered[start]:
+        return slice(start, None)
+    tied, end = ordered.searchsorted(ordered[start]), ordered.searchsorted(ordered[start], "right")
+    return np.concatenate((np.arange(tied, tied + end - start), np.arange(end, len(ordered))))
 
 
-def _buckets(mantissas: Floats, exponents: NDArray[np.intp], least: int, sketch_bits: int) -> dict[int, int]:
-    """Samples by bucket, numbered as in `sketch.bucket`."""
-    half = 2 << sketch_bits
-    cells = (mantissas * half).astype(np.intp)
-    cells += exponents << (sketch_bits + 2)
-    cells += half
-    found, counts = _count(cells)
-    leading = (found & (2 * half - 1)) - half
-    codes = np.abs(leading)
-    codes += ((found >> (sketch_bits + 2)) + (least + UNIT_SHIFT - 2)) << sketch_bits
-    codes += 1
-    codes *= np.sign(leading)
-    return dict(zip(codes.tolist(), counts.tolist(), strict=True))
+def _extremes(
+    samples: Named, positions: NDArray[np.intp] | None, kept: Floats, top: int
+) -> tuple[Sequence[Pair], Sequence[Pair]]:
+    """The `top` first by (value, key) and by (-value, key) of the samples at `positions`, whose values are `kept`."""
+    most = min(top, len(kept))
+    ranked = np.partition(kept, (most - 1, len(kept) - most))
+    low = _first(samples, positions, kept, ranked[most - 1], most)
+    return low, _first(samples, positions, 0.0 - kept, 0.0 - ranked[len(kept) - most], most)
 
 
-def _count(cells: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The distinct cells and how often each occurs."""
-    if cells.max() > max(8192, 4 * len(cells)):
-        return np.unique(cells, return_counts=True)
-    counts = np.bincount(cells)
-    found = (counts != 0).nonzero()[0]  # nonzero is faster on booleans
-    return found, counts[found]
-
-
-def _extremes(values: Floats, keys: NDArray[np.intp] | None, first_key: int, top: int) -> tuple[_Pairs, _Pairs]:
-    """The `top` first by (value, key) and by (-value, key)."""
-    most = min(top, len(values))
-    ranked = np.partition(values, (most - 1, len(values) - most))
-    low = _first(values, ranked[most - 1], keys, first_key, most)
-    return low, _first(0.0 - values, 0.0 - ranked[len(values) - most], keys, first_key, most)
-
-
-def _first(values: Floats, last: np.floating, keys: NDArray[np.intp] | None, first_key: int, most: int) -> _Pairs:
+def _first(
+    samples: Named, positions: NDArray[np.intp] | None, values: Floats, last: np.floating, most: int
+) -> Sequence[Pair]:
     """The `most` first by (value, key), where `last` is the value of the last of them."""
     found = (values <= last).nonzero()[0]
     if len(found) > 2 * most:  # Many are tied with the last one: of those only the first can rank.
         found = np.concatenate(((values < last).nonzero()[0], (values == last).nonzero()[0][:most]))
-    where = found if keys is None else keys[found]
-    numbers = (values[found] + 0.0).tolist()
-    return sorted(zip(numbers, [first_key + position for position in where.tolist()], strict=True))[:most]
+    keys = samples.keys_at(found if positions is None else positions[found])
+    return sorted(zip((values[found] + 0.0).tolist(), keys, strict=True))[:most]

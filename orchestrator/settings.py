@@ -7,12 +7,15 @@ fresh.restore()             before each trial
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 
-__all__ = ["Settings"]
+from orchestrator.errors import UsageError
+
+__all__ = ["Settings", "refuse_inexact"]
 
 Get: TypeAlias = "Callable[[], object]"
 Set: TypeAlias = "Callable[[object], object]"
@@ -87,6 +90,29 @@ def _read(get: Get) -> object:
         return get()
     except RuntimeError as error:
         return error
+
+
+def refuse_inexact() -> None:
+    """Refuse what picks kernels by how fast they were just now, where a job has asked for the same bits every time.
+
+    A trial that resumes would pick others and end with other bits than an undisturbed one.
+
+    Raises:
+        UsageError: `torch.use_deterministic_algorithms(True)` together with such a setting; names both.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    inductor = sys.modules.get("torch._inductor.config")
+    chosen = {
+        "torch.backends.cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "torch._inductor.config.max_autotune": getattr(inductor, "max_autotune", False),
+    }
+    for name, is_on in chosen.items():
+        if is_on:
+            raise UsageError(
+                f"{name} is on, and so is torch.use_deterministic_algorithms: kernels that are chosen by a timing "
+                f"differ from run to run, so a trial that resumes would end with other bits; turn {name} off"
+            )
 
 
 class Settings:

@@ -5,13 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 
 from orchestrator.store import Json, JsonObject
 from orchestrator.sweep import Best, Job, Standing, Sweep
 
-__all__ = ["best", "number", "path", "plural", "standing", "standing_json", "summary", "table", "times"]
+if TYPE_CHECKING:
+    from orchestrator.curves import Curve
+    from orchestrator.effects import Effect, Level
+    from orchestrator.summary import Statistics
+
+__all__ = [
+    "best",
+    "curves",
+    "effects",
+    "number",
+    "path",
+    "plural",
+    "standing",
+    "standing_json",
+    "summary",
+    "table",
+    "times",
+]
+
+_STEPS = 40
+"""Rows of curves that a person is shown, all curves together."""
 
 
 def number(value: Json) -> str:
@@ -90,6 +111,61 @@ def summary(sweep: Sweep) -> str:
     return "\n".join(lines)
 
 
+_NUMBERS = ("mean", "std", "min", "p50", "max")
+
+
+def _numbers(found: Statistics) -> list[str]:
+    return [number(value) for value in (found.mean, found.std, found.min, found.quantiles["p50"], found.max)]
+
+
+def _level(level: Level) -> str:
+    """A parameter's value, or from where to where its values go."""
+    return " to ".join(map(number, level)) if isinstance(level, tuple) else number(level)
+
+
+def effects(sweep: Sweep, found: list[Effect]) -> str:
+    """The objective by the values of parameters, a row a group; `found` is not empty."""
+    metric, by = sweep.plan.spec.metric, list(found[0].values)
+    others = [name for name in ("diverged", "pruned", "failed", "missing") if any(_others(one)[name] for one in found)]
+    rows = [
+        [
+            *map(_level, one.values.values()),
+            str(one.statistics.count),
+            *_numbers(one.statistics),
+            str(one.statistics.top[0].key) if one.statistics.top else "null",
+            *(str(_others(one)[name]) for name in others),
+        ]
+        for one in found
+    ]
+    head = [*by, "complete", *_NUMBERS, "best trial", *others]
+    return f"{metric.name} ({metric.goal}) by {', '.join(by)}\n{table(rows, head=head)}"
+
+
+def _others(one: Effect) -> dict[str, int]:
+    found = one.statistics
+    return {"diverged": found.diverged, "pruned": found.pruned, "failed": found.failed, "missing": one.missing}
+
+
+def curves(metric: str, found: list[Curve]) -> str:
+    """A metric by step, a row a step, those of one group after those of another; of many steps, some."""
+    by, most = list(found[0].values), max(2, _STEPS // len(found))
+    rows = [
+        [*map(_level, curve.values.values()), str(step), str(one.count), *_numbers(one), str(one.diverged)]
+        for curve in found
+        for step, one in _some(list(curve.steps.items()), most)
+    ]
+    text = f"{metric} by {', '.join([*by, 'step'])}\n{table(rows, head=[*by, 'step', 'trials', *_NUMBERS, 'diverged'])}"
+    num_steps = sum(len(curve.steps) for curve in found)
+    return text if num_steps == len(rows) else f"{text}\n  {len(rows)} of {num_steps:,} steps; --json has them all"
+
+
+def _some(items: list[tuple[int, Statistics]], most: int) -> list[tuple[int, Statistics]]:
+    """All items, or as many as asked for: the first, the last, and those between at equal distances."""
+    if len(items) <= most:
+        return items
+    return [items[place * (len(items) - 1) // (most - 1)] for place in range(most)]
+
+
 def times(sweep: Sweep) -> str:
     """How long the trials themselves took."""
     total, done = sweep.fold.seconds, sweep.plan.num_trials - sweep.fold.num_missing
@@ -111,9 +187,12 @@ def standing_json(sweep: Sweep, found: Standing) -> JsonObject:
         "dir": str(sweep.paths.root),
         "trials": dict(found.trials),
         "retries": dict(found.retries),
+        "saved": dict(found.interruptions.saved),
+        "resumed": [asdict(one) for one in found.interruptions.resumptions],
         "failures": failures,
         "disagreements": disagreements,
         "bad_lines": found.bad_lines,
+        "unreadable": [*found.unreadable],
         "mixed": list(found.mixed),
         "jobs": jobs,
         "best": top[0].to_json() if top else None,
@@ -121,8 +200,25 @@ def standing_json(sweep: Sweep, found: Standing) -> JsonObject:
 
 
 def _retries(found: Standing) -> list[str]:
-    causes = [f"{number} {cause}" for cause, number in found.retries.items()]
-    return [f"  attempts that ended without an outcome: {', '.join(causes)}"] if causes else []
+    saved = found.interruptions.saved
+    causes = [
+        f"{number} {cause}" + (f" ({saved[cause]} saved)" if saved.get(cause) else "")
+        for cause, number in found.retries.items()
+    ]
+    lines = [f"  attempts that ended without an outcome: {', '.join(causes)}"] if causes else []
+    went_on = [one.lost for one in found.interruptions.resumptions if one.step]
+    anew = [one.lost for one in found.interruptions.resumptions if not one.step and one.lost]
+    if went_on:
+        lines.append(f"  {plural(len(went_on), 'attempt')} went on from a checkpoint; {_twice(sum(went_on))}")
+    if anew:
+        lines.append(f"  {plural(len(anew), 'attempt')} began anew, since nothing was saved; {_twice(sum(anew))}")
+    return lines
+
+
+def _twice(lost: int) -> str:
+    return (
+        "no step was done twice" if not lost else f"{plural(lost, 'step')} {'was' if lost == 1 else 'were'} done twice"
+    )
 
 
 def _failures(sweep: Sweep, found: Standing) -> list[str]:
@@ -140,6 +236,9 @@ def _doubts(found: Standing) -> list[str]:
     ]
     if found.bad_lines:
         lines.append(f"  {found.bad_lines} lines of records are torn or not visible yet; the rest counts")
+    if found.unreadable:
+        number = plural(len(found.unreadable), "record file")
+        lines.append(f"  {number} can't be read, so trials may be missing that are done: {found.unreadable[0]}")
     return lines + [f"  mixed hardware or versions: bytes not promised ({text})" for text in found.mixed]
 
 
@@ -157,6 +256,8 @@ def _jobs(sweep: Sweep, found: Standing) -> list[str]:
         for one in found.jobs
         if "held" in one.reason.lower()
     ]
+    away = dict.fromkeys(nodes for one in found.jobs if (nodes := one.reason.partition("UnavailableNodes:")[2]))
+    lines += [f"  {nodes}: drained or down, so what needs it waits; `sinfo -R` says why" for nodes in away]
     undone = found.trials["waiting"] + found.trials["running"] + found.trials["cancelled"]
     if undone and not found.jobs:
         lines.append(f"  nothing of it is running; `orc resume {sweep.id}` goes on")

@@ -96,6 +96,11 @@ class Source:
         self._fold.update()
         return not self._fold.num_missing
 
+    def has_outcome(self, trial: int) -> bool:
+        """Whether a trial, whoever ran it, is seen to have an outcome."""
+        self._fold.update()
+        return self._fold.status(trial) is not None
+
     def _untouched(self) -> list[Ready]:
         while self._position < len(self._blocks):
             block = self._blocks[self._position]

@@ -7,11 +7,11 @@ Reading a file, with every check and every position, is `orchestrator.sweepfile`
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 from orchestrator.store import Json, JsonObject, canonical
 
-__all__ = ["Launch", "Metric", "Reduce", "Retries", "SweepSpec"]
+__all__ = ["Checkpoint", "Interval", "Launch", "Metric", "Reduce", "Retries", "SweepSpec"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,9 @@ class Launch:
         trials_per_task: trials in a block, the unit of claim; None takes ceil(trials / 100).
         max_workers: array elements at most; None leaves it to the number of blocks and the user's limits.
         throttle: array elements that run at the same time (`%` of sbatch's array); None for no limit.
-        cpus: threads of one trial; part of the plan, since it changes the last bits.
+        ranks_per_node: processes that train one trial together, on one machine, each with a part of every batch; part
+            of the plan, since it changes the last bits.
+        cpus: threads of one rank; part of the plan, since it changes the last bits.
         notice_s: how long before the time limit Slurm sends the notice, in seconds.
         modules: environment modules to load.
         conda: conda environment, by name or path.
@@ -67,6 +69,8 @@ class Launch:
         setup: shell lines that run before the worker, after the trap is set.
         lease_s: how long a claim is honoured after its holder's last sign of life, in seconds.
         import_timeout_s: how long importing the program may take when it is checked, in seconds.
+        answer_s: how long ranks wait for each other in whatever they do together, in seconds.
+        silent_s: how long a rank may be stopped before its trial is ended, in seconds.
         retries: retry budgets by cause.
     """
 
@@ -74,6 +78,7 @@ class Launch:
     trials_per_task: int | None = None
     max_workers: int | None = None
     throttle: int | None = None
+    ranks_per_node: int = 1
     cpus: int = 1
     notice_s: int = 120
     modules: tuple[str, ...] = ()
@@ -84,22 +89,108 @@ class Launch:
     setup: str = ""
     lease_s: float = 120.0
     import_timeout_s: float = 60.0
+    answer_s: float = 600.0
+    silent_s: float = 30.0
     retries: Retries = field(default_factory=Retries)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that train one trial."""
+        return self.ranks_per_node
+
+    @property
+    def cpus_per_trial(self) -> int:
+        """Processors of one machine that one trial keeps busy."""
+        return self.ranks_per_node * self.cpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reduce:
     """How results are merged.
 
+    Only `top` has a say in what comes out; the others decide who does the work, and how long it may take.
+
     Args:
         top: how many of the best trials, and of their models, are kept.
         visibility_s: how long the reducer waits for records that are not visible yet, in seconds.
-        slurm: sbatch options of the reducer job, over those of `slurm:`.
+        trials_per_range: how many trials a range has that one reducer folds.
+        fan_in: how many ranges one reducer merges; with more ranges there is a tree of reducers. At least 2.
+        ranks: processes of the reducer job, each with a part of the trials; with more than one there is no tree.
+        slurm: sbatch options of the reducer jobs, over those of `slurm:`.
     """
 
     top: int = 10
     visibility_s: float = 90.0
+    trials_per_range: int = 100_000
+    fan_in: int = 16
+    ranks: int = 1
     slurm: dict[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Between two checkpoints of a trial. One of these is given, or none: then it follows from what saving costs.
+
+    Args:
+        seconds: so many of them.
+        steps: so many optimizer steps.
+        epochs: so many epochs; never inside of one.
+        is_off: no checkpoints at all.
+    """
+
+    seconds: float | None = None
+    steps: int | None = None
+    epochs: int | None = None
+    is_off: bool = False
+
+    @classmethod
+    def of(cls, text: str) -> Interval:
+        """The interval that is written as `auto`, `30s`, `5m`, `2h`, `500 steps`, `epoch`, `2 epochs` or `off`.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        if text in ("auto", "off"):
+            return cls(is_off=text == "off")
+        if text == "epoch":
+            return cls(epochs=1)
+        digits = text[: len(text) - len(text.lstrip("0123456789."))]
+        unit = text[len(digits) :].strip(" ")
+        if unit in _SECONDS:
+            return cls(seconds=_positive(float(digits)) * _SECONDS[unit])
+        if unit not in ("step", "steps", "epoch", "epochs"):
+            raise ValueError(f"{text!r} names no interval")
+        count = _positive(int(digits))
+        return cls(steps=count) if unit.startswith("step") else cls(epochs=count)
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+N = TypeVar("N", int, float)
+
+
+def _positive(number: N) -> N:
+    if not 0 < number < 1e9:
+        raise ValueError(f"{number} is out of range")
+    return number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """How the state of a trial is kept while it runs. None of it has a say in what comes out.
+
+    Args:
+        every: how often: `auto`, `30s`, `5m`, `2h`, `500 steps`, `epoch`, `2 epochs` or `off`. `auto` weighs what
+            saving costs against what a failure would.
+        mtbf_s: mean time between failures that `auto` reckons with, in seconds.
+    """
+
+    every: str = "auto"
+    mtbf_s: float = 3600.0
+
+    @property
+    def interval(self) -> Interval:
+        """What `every` says."""
+        return Interval.of(self.every)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +215,7 @@ class SweepSpec:
         slurm: sbatch's own long option names, without dashes, passed on as they are.
         launch: how workers start.
         reduce: how results are merged.
+        checkpoint: how the state of a trial is kept while it runs.
     """
 
     name: str
@@ -141,6 +233,7 @@ class SweepSpec:
     slurm: dict[str, Json] = field(default_factory=dict)
     launch: Launch = field(default_factory=Launch)
     reduce: Reduce = field(default_factory=Reduce)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
 
     def to_json(self) -> JsonObject:
         """The spec as JSON; `from_json` gives it back."""
@@ -162,14 +255,23 @@ class SweepSpec:
             "zip": tuple(tuple(group) for group in cast("list[list[str]]", value["zip"])),
             "launch": _launch(launch),
             "reduce": Reduce(**reduce),  # type: ignore[arg-type]  # as to_json wrote it
+            "checkpoint": Checkpoint(**cast("dict[str, str]", value.get("checkpoint", {}))),  # type: ignore[arg-type]
         }
         return cls(**typed)  # type: ignore[arg-type]  # as to_json wrote it
 
     def identity(self) -> bytes:
-        """What makes this sweep another one than others: canonical JSON of all but the options handed to sbatch."""
+        """What makes this sweep another one than others: canonical JSON of all but what can't change its results.
+
+        That is the options handed to sbatch, how often trials are saved, how long ranks are waited for, and how results
+        are merged, but for how many rank.
+        """
         value = self.to_json()
-        del value["slurm"]
-        cast("JsonObject", value["reduce"]).pop("slurm")
+        del value["slurm"], value["checkpoint"]
+        value["reduce"] = {"top": self.reduce.top}
+        launch = cast("JsonObject", value["launch"])
+        del launch["answer_s"], launch["silent_s"]
+        if self.launch.ranks_per_node == 1:
+            del launch["ranks_per_node"]  # so that sweeps from before there were ranks are the same ones
         return canonical(value)
 
 

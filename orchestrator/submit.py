@@ -1,7 +1,7 @@
 """Handing a sweep over, to Slurm or to this machine: once, whatever dies on the way.
 
     paths = submit.prepare(plan, snapshot, sweep_file, runs)      the sweep's folder, whole or not at all
-    receipt = submit.submit(paths, plan, on="slurm")              workers, then a reducer after them; returns at once
+    receipt = submit.submit(paths, plan, on="slurm")              workers, then reducers after them; returns at once
     submit.submit(paths, plan).already                            True: the same sweep submitted twice is submitted once
     submit.live(paths), submit.cancel(paths), submit.resubmit(paths, plan, missing=12)
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from orchestrator import ledger, local, slurm, store
 from orchestrator.errors import FolderError, OrcError, UsageError
-from orchestrator.handover import LOCAL, REDUCER, Handover, render, request
+from orchestrator.handover import LOCAL, Handover, reducers, render, request
 from orchestrator.ledger import On, Part, Submission
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile, SweepPlan, blocks, write_plan
@@ -233,7 +233,7 @@ def submit(
         paths: a prepared folder.
         plan: of this folder; its `spec.slurm` may be newer than the plan's on disk.
         on: Slurm, or this machine.
-        workers: how many at most; None for one a block of trials on Slurm, one a core (of `launch.cpus`) here.
+        workers: how many at most; None for one a block of trials on Slurm, as many as the cores can take here.
         patience: with Slurm.
 
     Raises:
@@ -293,20 +293,20 @@ def _parts(plan: Planned, on: On, workers: int | None, num_trials: int, patience
     """The parts that `num_trials` of the plan's trials are worth; with none left, only a reducer works."""
     launch = plan.spec.launch
     if on == "local":
-        slots = workers or max(1, local.cores() // launch.cpus)
+        slots = workers or max(1, local.cores() // launch.cpus_per_trial)
         return (Part(what=LOCAL, num_workers=max(1, min(slots, num_trials))),)
     size = blocks(plan.num_trials, launch.trials_per_task).size
     limits = [limit for limit in (workers, launch.max_workers) if limit is not None]
-    return _arrays(min([-(-num_trials // size), *limits]), patience)
+    return _arrays(plan, min([-(-num_trials // size), *limits]), patience)
 
 
-def _arrays(num_workers: int, patience: slurm.Patience) -> tuple[Part, ...]:
+def _arrays(plan: Planned, num_workers: int, patience: slurm.Patience) -> tuple[Part, ...]:
     from orchestrator.render import arrays
 
-    limit = slurm.config(patience=patience).get("MaxArraySize", "1001")
-    layout = enumerate(arrays(num_workers, int(limit)))
+    limit = int(slurm.config(patience=patience).get("MaxArraySize", "1001"))
+    layout = enumerate(arrays(num_workers, limit))
     workers = (Part(what=f"workers-{k}", first_worker=first, num_workers=count) for k, (first, count) in layout)
-    return (*workers, Part(what=REDUCER))
+    return (*workers, *reducers(plan.spec, plan.num_trials, limit))
 
 
 def check(
@@ -321,11 +321,8 @@ def check(
     import tempfile
 
     submission = _submission("slurm", _parts(plan, "slurm", workers, plan.num_trials, patience))
-    num_arrays = len(submission.parts) - 1
     with tempfile.TemporaryDirectory(prefix="orc-") as folder:
-        return [
-            _try(paths, plan.spec, submission, part, num_arrays, Path(folder), patience) for part in submission.parts
-        ]
+        return [_try(paths, plan.spec, submission, part, Path(folder), patience) for part in submission.parts]
 
 
 def _try(
@@ -333,12 +330,11 @@ def _try(
     spec: SweepSpec,
     submission: Submission,
     part: Part,
-    num_arrays: int,
     folder: Path,
     patience: slurm.Patience,
 ) -> str:
     script = folder / f"{part.what}.sh"
-    script.write_bytes(render(request(paths, spec, submission, part, num_arrays=num_arrays)))
+    script.write_bytes(render(request(paths, spec, submission, part)))
     return f"{part.what}: {slurm.check(script, patience=patience)}"
 
 

@@ -18,18 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
-from operator import eq, index
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
+from itertools import chain
+from operator import index
+from typing import TYPE_CHECKING, Final, Literal, TypeGuard
 
-from orchestrator import exact
+from orchestrator import exact, reading
+from orchestrator.ranking import LEAST_KEY, Best, Pair, Ranked, ascends, checked_key
 from orchestrator.sketch import bucket, representative
 
 if TYPE_CHECKING:
-    from orchestrator.samples import Chunk, Samples
+    from orchestrator.samples import Chunk, Keys, Samples
     from orchestrator.store import Json, JsonObject
 
-__all__ = ["QUANTILES", "Ranked", "Statistics", "Summary"]
+__all__ = ["QUANTILES", "Ranked", "Statistics", "Summary", "check"]
 
 SCHEMA: Final = 1
 TOP: Final = 10
@@ -38,20 +39,8 @@ QUANTILES: Final = {"p05": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
 """Name of each quantile, and its percents."""
 
 _MOST_SKETCH_BITS: Final = 20
-_LEAST_KEY: Final = -(1 << 63)
-_KEYS: Final = 1 << 64
+_GREAT: Final = 1 << 1023  # Integers that may round beyond float64.
 _FEW: Final = 16  # Samples below which importing and calling NumPy costs more than it saves.
-
-# (value, key) where small is good, (-value, key) where large is: both rank by the plain order of tuples.
-_Pair: TypeAlias = tuple[float, int]
-_NO_LIMIT: Final[_Pair] = (math.inf, 0)
-
-
-class Ranked(NamedTuple):
-    """A value and the key, a sample's or a trial's index, that has it."""
-
-    value: float
-    key: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +116,7 @@ class Summary:
         product_excess: exact sum of the rounded products w * x less `total`, in units of 2**-1074.
         low: the smallest (value, key), ascending, without duplicates.
         high: the smallest (-value, key), ascending, without duplicates.
-        buckets: number of values by bucket (`orchestrator.sketch`). Never changed, though a dict.
+        buckets: number of values by bucket (`orchestrator.sketch`). Never changed, though it may be a dict.
     """
 
     top: int = TOP
@@ -140,9 +129,9 @@ class Summary:
     squares: int
     weight_excess: int
     product_excess: int
-    low: tuple[_Pair, ...]
-    high: tuple[_Pair, ...]
-    buckets: dict[int, int]
+    low: tuple[Pair, ...]
+    high: tuple[Pair, ...]
+    buckets: Mapping[int, int]
 
     def __hash__(self) -> int:
         return hash((self.count, self.total, self.squares, self.low, self.high, frozenset(self.buckets.items())))
@@ -166,7 +155,7 @@ class Summary:
             ValueError: the weight is negative or not finite, the key is no int64, or as `empty`.
         """
         _check_type(top, sketch_bits)
-        key = _checked_key(index(key))
+        key = checked_key(index(key))
         x, w = float(value) + 0.0, float(weight)
         if not 0.0 <= w < math.inf:
             raise ValueError(f"a weight must be finite and not negative, found {weight!r} at key {key}")
@@ -197,6 +186,7 @@ class Summary:
         weights: Samples | None = None,
         first_key: int = 0,
         *,
+        keys: Keys | None = None,
         top: int = TOP,
         sketch_bits: int = SKETCH_BITS,
     ) -> Summary:
@@ -208,34 +198,59 @@ class Summary:
             weights: as many, finite and not negative; None for 1 each. They matter to the mean alone, through exact
                 sums of w and of the products w * x, each product rounded to float64.
             first_key: key of the first value.
+            keys: as many integers of 64 bits, in any order: the keys of the values, in place of those from `first_key`.
             top: see the class.
             sketch_bits: see the class.
 
         Raises:
-            TypeError: the values or weights are not real numbers.
-            ValueError: the weights are not as said, or not as many as the values; a key is no int64; or as `empty`.
+            TypeError: the values or weights are not real numbers, or the keys not whole ones.
+            ValueError: the weights are not as said, or not as many as the values; a key is no int64, or not as many are
+                there; or as `empty`.
         """
-        if (
-            isinstance(values, (list, tuple))
-            and len(values) < _FEW
-            and (weights is None or isinstance(weights, (list, tuple)))
-        ):
-            return cls._of_few(values, weights, first_key, top, sketch_bits)
+        # What is not plainly a number, or is too large for one, is for the arrays to take or to refuse.
+        if _are_few(values) and (weights is None or _are_few(weights)) and (keys is None or _are_few_keys(keys)):
+            names = range(first_key, first_key + len(values)) if keys is None else keys
+            return cls._of_few(values, weights, names, top, sketch_bits)
         from orchestrator import samples
 
         _check_type(top, sketch_bits)
         found = samples.array(values)
-        _checked_key(_checked_key(first_key) + max(0, len(found) - 1))
-        tally = _Tally(top, sketch_bits)
+        first_key = index(first_key)
+        checked_key(checked_key(first_key) + max(0, len(found) - 1))
+        weight_excess = product_excess = 0
         if weights is not None:
-            found, tally.weight_excess, tally.product_excess = samples.weighted(found, samples.array(weights))
-        for chunk in samples.chunks(found, first_key, top, sketch_bits):
-            tally.add_chunk(chunk)
-        return tally.summary()
+            found, weight_excess, product_excess = samples.weighted(found, samples.array(weights))
+        chunks = samples.chunks(found, first_key if keys is None else keys, top, sketch_bits)
+        first = cls._of_chunk(next(chunks, samples.NONE), top, sketch_bits, weight_excess, product_excess)
+        second = next(chunks, None)
+        if second is None:
+            return first
+        rest = (cls._of_chunk(chunk, top, sketch_bits) for chunk in chain((second,), chunks))
+        return cls.merge_all(rest, start=first)
+
+    @classmethod
+    def _of_chunk(
+        cls, chunk: Chunk, top: int, sketch_bits: int, weight_excess: int = 0, product_excess: int = 0
+    ) -> Summary:
+        return cls(
+            top=top,
+            sketch_bits=sketch_bits,
+            count=chunk.num_finite,
+            num_diverged=chunk.num_refused,
+            num_failed=0,
+            num_pruned=0,
+            total=chunk.total,
+            squares=chunk.squares,
+            weight_excess=weight_excess,
+            product_excess=product_excess,
+            low=tuple(chunk.low),
+            high=tuple(chunk.high),
+            buckets=chunk.buckets,
+        )
 
     @staticmethod
     def mean_of(values: Samples) -> float | None:
-        """The mean of `of_samples(values)` alone, in a fifth of the time.
+        """The mean of `of_samples(values)` alone, in less time.
 
         None when one of the values is NaN or infinite, or there is none.
 
@@ -251,14 +266,20 @@ class Summary:
 
     @classmethod
     def _of_few(
-        cls, values: Sequence[float], weights: Sequence[float] | None, first_key: int, top: int, sketch_bits: int
+        cls,
+        values: Sequence[float],
+        weights: Sequence[float] | None,
+        keys: Sequence[int],
+        top: int,
+        sketch_bits: int,
     ) -> Summary:
         known = [1.0] * len(values) if weights is None else weights
-        if len(known) != len(values):
-            raise ValueError(f"there must be as many weights as values, found {len(known)} for {len(values)}")
+        for what, found in (("weights", known), ("keys", keys)):
+            if len(found) != len(values):
+                raise ValueError(f"there must be as many {what} as values, found {len(found)} for {len(values)}")
         ones = (
             cls.of(value, key=key, weight=weight, top=top, sketch_bits=sketch_bits)
-            for key, (value, weight) in enumerate(zip(values, known, strict=True), first_key)
+            for value, key, weight in zip(values, keys, known, strict=True)
         )
         return cls.merge_all(ones, start=cls.empty(top, sketch_bits))
 
@@ -377,17 +398,15 @@ class Summary:
         Raises:
             ValueError: `value` is of another schema or damaged; says which key, what was found and what would be right.
         """
-        found = _object(value)
-        low = _pairs("low", found["low"])
-        high = _pairs("high", found["high"])
+        found = reading.with_keys("a summary", value, schema=SCHEMA, keys=_KEYS)
         summary = cls(
-            **{name: _whole(name, found[name]) for name in _PLAIN},
-            **{name: _number(name, found[name], shift) for name, shift in _EXACT.items()},
-            low=tuple(low),
-            high=tuple((0.0 - one, key) for one, key in high),
+            **{name: reading.whole(name, found[name]) for name in _PLAIN},
+            **{name: reading.number(name, found[name], shift) for name, shift in _EXACT.items()},
+            low=tuple(reading.ranked("low", found["low"])),
+            high=tuple((0.0 - one, key) for one, key in reading.ranked("high", found["high"])),
             buckets=_buckets(found["buckets"]),
         )
-        _check(summary)
+        check(summary)
         return summary
 
 
@@ -398,33 +417,7 @@ _EXACT: Final = {
     "weight_excess": exact.UNIT_SHIFT,
     "product_excess": exact.UNIT_SHIFT,
 }
-
-
-class _Best:
-    """The first `top` of the pairs offered, by the plain order of tuples, without duplicates."""
-
-    __slots__ = ("_limit", "_pairs", "_top")
-
-    def __init__(self, top: int) -> None:
-        self._top = top
-        self._pairs: list[_Pair] = []
-        self._limit = _NO_LIMIT
-
-    def offer(self, ascending: Sequence[_Pair]) -> None:
-        if not ascending or ascending[0] >= self._limit:
-            return
-        self._pairs += ascending
-        if len(self._pairs) > 4 * self._top + 64:
-            self.cut()
-
-    def cut(self) -> tuple[_Pair, ...]:
-        pairs = sorted(self._pairs)
-        if any(map(eq, pairs, pairs[1:])):
-            pairs = list(dict.fromkeys(pairs))
-        self._pairs = pairs[: self._top]
-        if len(self._pairs) == self._top:
-            self._limit = self._pairs[-1]
-        return tuple(self._pairs)
+_KEYS: Final = {*_PLAIN, *_EXACT, "low", "high", "buckets"}
 
 
 class _Tally:
@@ -434,6 +427,7 @@ class _Tally:
         "_buckets",
         "_high",
         "_low",
+        "_mine",
         "count",
         "num_diverged",
         "num_failed",
@@ -453,8 +447,9 @@ class _Tally:
         self.top, self.sketch_bits = top, sketch_bits
         self.count, self.num_diverged, self.num_failed, self.num_pruned = 0, num_diverged, num_failed, num_pruned
         self.total = self.squares = self.weight_excess = self.product_excess = 0
-        self._low, self._high = _Best(top), _Best(top)
-        self._buckets: dict[int, int] = {}
+        self._low, self._high = Best(top), Best(top)
+        self._buckets: Mapping[int, int] = {}
+        self._mine: dict[int, int] | None = None
 
     @classmethod
     def of(cls, summary: Summary) -> _Tally:
@@ -475,13 +470,6 @@ class _Tally:
         self.num_pruned += other.num_pruned
         self.weight_excess += other.weight_excess
         self.product_excess += other.product_excess
-        self._add_values(other)
-
-    def add_chunk(self, chunk: Chunk) -> None:
-        self.num_diverged += chunk.refused
-        self._add_values(chunk)
-
-    def _add_values(self, other: Summary | Chunk) -> None:
         self.count += other.count
         self.total += other.total
         self.squares += other.squares
@@ -489,11 +477,14 @@ class _Tally:
         self._high.offer(other.high)
         self._add_buckets(other.buckets)
 
-    def _add_buckets(self, more: dict[int, int]) -> None:
-        mine = self._buckets
-        if not mine:
-            mine.update(more)
+    def _add_buckets(self, more: Mapping[int, int]) -> None:
+        """The first ones are kept as they are: of a single part nothing is copied."""
+        if not self._buckets:
+            self._buckets = more
             return
+        if self._mine is None:
+            self._mine = self._buckets = dict(self._buckets)
+        mine = self._mine
         for code, count in more.items():
             mine[code] = mine.get(code, 0) + count
 
@@ -515,6 +506,16 @@ class _Tally:
         )
 
 
+def _are_few(values: Samples) -> TypeGuard[Sequence[float]]:
+    if not isinstance(values, (list, tuple)) or len(values) >= _FEW:
+        return False
+    return all(isinstance(value, float) or (isinstance(value, int) and abs(value) < _GREAT) for value in values)
+
+
+def _are_few_keys(keys: Keys) -> TypeGuard[Sequence[int]]:
+    return isinstance(keys, (list, tuple)) and len(keys) < _FEW and all(type(key) is int for key in keys)
+
+
 def _check_type(top: int, sketch_bits: int) -> None:
     if top < 1:
         raise ValueError(f"top must be at least 1, found {top}")
@@ -524,13 +525,7 @@ def _check_type(top: int, sketch_bits: int) -> None:
 
 def _check_summary(value: object) -> None:
     if not isinstance(value, Summary):
-        raise TypeError(f"only a Summary can be merged, found {value!r}")
-
-
-def _checked_key(key: int) -> int:
-    if not 0 <= key - _LEAST_KEY < _KEYS:
-        raise ValueError(f"a key must be a 64-bit integer, found {key}")
-    return key
+        raise TypeError(f"only a Summary can be merged, found a {type(value).__name__}")
 
 
 def _checked_count(n: int) -> int:
@@ -539,63 +534,43 @@ def _checked_count(n: int) -> int:
     return n
 
 
-def _object(value: Json) -> JsonObject:
-    """`value` as an object with exactly the keys of a summary."""
-    if not isinstance(value, dict):
-        raise ValueError(f"a summary must be an object, found {value!r}")
-    if value.get("schema") != SCHEMA:
-        raise ValueError(f"this version reads summaries of schema {SCHEMA}, found {value.get('schema')!r}")
-    known = {"schema", *_PLAIN, *_EXACT, "low", "high", "buckets"}
-    if value.keys() != known:
-        lacking, foreign = sorted(known - value.keys()), sorted(value.keys() - known)
-        raise ValueError(f"a summary must have its own keys and no others: missing {lacking}, unknown {foreign}")
-    return value
-
-
-def _whole(name: str, value: Json, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer from {least}, found {value!r}")
-    return value
-
-
-def _number(name: str, value: Json, shift: int) -> int:
-    try:
-        return exact.parse(value, shift)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-
-
-def _items(name: str, value: Json) -> Iterator[tuple[Json, Json]]:
-    for item in value if isinstance(value, list) else (None,):
-        if not isinstance(item, list) or len(item) != 2:
-            raise ValueError(f"{name}: expected a list of pairs, found {item!r} in {value!r}")
-        yield item[0], item[1]
-
-
-def _pairs(name: str, value: Json) -> Iterator[_Pair]:
-    for one, key in _items(name, value):
-        if isinstance(one, bool) or not isinstance(one, (int, float)) or not math.isfinite(one):
-            raise ValueError(f"{name}: expected a finite number, found {one!r}")
-        yield float(one) + 0.0, _checked_key(_whole(name, key, _LEAST_KEY))
-
-
 def _buckets(value: Json) -> dict[int, int]:
     """Buckets in the order of the file; a code that comes twice is caught by the count."""
-    return {_whole("buckets", code, -_KEYS): _whole("buckets", count, 1) for code, count in _items("buckets", value)}
+    pairs = reading.pairs("buckets", value)
+    return {reading.whole("buckets", code, LEAST_KEY): reading.whole("buckets", count, 1) for code, count in pairs}
 
 
-def _check(summary: Summary) -> None:
-    """Raises ValueError where the parts contradict each other, as no merge could make them."""
+def check(summary: Summary) -> None:
+    """Return if what came from outside is a Summary as merging makes them, of which everything can be computed.
+
+    Raises:
+        ValueError: its parts contradict each other.
+    """
     _check_type(summary.top, summary.sketch_bits)
+    if least := min(summary.count, summary.num_diverged, summary.num_failed, summary.num_pruned, 0):
+        raise ValueError(f"expected numbers of trials or samples, which are not negative, found {least}")
     for name, pairs in (("low", summary.low), ("high", summary.high)):
-        if any(one >= next_one for one, next_one in pairwise(pairs)):
+        if not ascends(pairs) or not all(math.isfinite(value) for value, _ in (*pairs[:1], *pairs[-1:])):
             raise ValueError(f"{name}: expected its pairs in order of rank, each once")
         if len(pairs) > min(summary.top, summary.count) or (summary.count and not pairs):
             raise ValueError(f"{name}: found {len(pairs)} pairs of {summary.count} values, with top {summary.top}")
-    if sum(summary.buckets.values()) != summary.count:
-        raise ValueError(f"buckets: expected counts that add up to {summary.count}, found {summary.buckets}")
+    if sum(summary.buckets.values()) != summary.count or min(summary.buckets.values(), default=1) < 1:
+        found = sum(summary.buckets.values())
+        raise ValueError(f"buckets: expected counts that add up to {summary.count}, each at least 1, found {found}")
     if summary.count and {min(summary.buckets), max(summary.buckets)} != {
         bucket(summary.low[0][0], summary.sketch_bits),
         bucket(0.0 - summary.high[0][0], summary.sketch_bits),
     }:
         raise ValueError("buckets: expected the first to hold the smallest value and the last the largest")
+    if summary.count:
+        _check_sums(summary, exact.units(summary.low[0][0]), exact.units(0.0 - summary.high[0][0]))
+
+
+def _check_sums(summary: Summary, least: int, greatest: int) -> None:
+    count, total = summary.count, summary.total
+    if not count * least <= total <= count * greatest:
+        raise ValueError(f"total: expected a sum of {count} values from the smallest to the largest")
+    if count * summary.squares < total * total:
+        raise ValueError(f"squares: expected at least the square of the total over {count}")
+    if (count << exact.UNIT_SHIFT) + summary.weight_excess < 0:
+        raise ValueError("weight_excess: expected weights that are not negative")

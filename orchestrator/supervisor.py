@@ -9,7 +9,7 @@ attempt is charged to its cause, and the trial is tried again or, with its budge
 
 from __future__ import annotations
 
-from orchestrator.signals import Signals, name_of
+from orchestrator.signals import Signals
 
 if __name__ == "__main__":
     _signals = Signals()  # before the imports below take their tenth of a second: a notice may come at any time
@@ -17,20 +17,22 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import itertools
+import math
 import os
 import select
 import selectors
 import shutil
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import claims, identity, ledger, models, records
+from orchestrator import budgets, claims, identity, ledger, models, records, resumption
 from orchestrator.channel import Channel
-from orchestrator.children import Children, Exited, memory_kills
+from orchestrator.children import Children, Exited, Post, Worker, memory_kills
+from orchestrator.crew import Crew, death
 from orchestrator.errors import OrcError, ProgramError
 from orchestrator.fold import Fold
 from orchestrator.notices import OwnJob, acknowledge, touch
@@ -46,13 +48,14 @@ __all__ = ["Options", "Supervisor", "main"]
 _LAST_CALL_S = 20.0
 """Before a time limit, in seconds: what still runs then is stopped, so that the requeue is ours and not too late."""
 _SAVE_S = 3.0
-"""After a cancel, in seconds: how long a program may take to save. Slurm kills after KillWait, by default 30."""
+"""After a cancel, in seconds: how long a trial may take to save. Slurm kills after KillWait, by default 30."""
 _LEFT_EARLY = 75
 _LATE_S = 1.0
 """How much later than its children's our own copy of a notice may come, in seconds."""
 _TRIES = 3
 """How often a requeue is asked for at least, after pauses of one second, two, four, ... up to this many seconds:"""
 _LONGEST_PAUSE_S = 8.0
+_KILLED = "killed by SIGKILL"
 _ENDS_OF_A_NOTICE = ("SIGTERM", "SIGUSR1", "SIGINT", "to go on later")
 
 
@@ -75,11 +78,16 @@ class Options:
 
 @dataclass(slots=True)
 class Running:
-    """A trial at work in a slot, since `began` on the monotonic clock."""
+    """A trial at work in a slot, since `began` on the monotonic clock.
+
+    It `has_saved` if there may be checkpoints, and has a `crew` if several ranks train it.
+    """
 
     ready: Ready
     began: float
     memory_kills: int
+    has_saved: bool = False
+    crew: Crew | None = None
 
     def is_meant_by(self, message: JsonObject) -> bool:
         """Whether a worker's message is of this attempt, and not a late word of one before."""
@@ -101,7 +109,8 @@ class Supervisor:
         self._place = identity.SlurmPlace.of(os.environ)
         self._plan = PlanFile.open(options.paths.plan)
         self._spec = self._plan.spec
-        self._children = Children(options.paths, _environment(self._plan), self._log_of)
+        self._num_ranks = self._spec.launch.num_ranks
+        self._children = Children(options.paths, _environment(self._plan), self._log_of, has_ranks=self._num_ranks > 1)
         self._import_by = 0.0
         self._writer = self._open_writer()
         self._source = self._open_source()
@@ -116,12 +125,15 @@ class Supervisor:
         self._job = self._own_job()
         self._decision: Decision | None = None
         self._noticed = 0.0
+        self._is_told = False
         self._last_call: float | None = None
         self._selector = selectors.DefaultSelector()
 
-    def _log_of(self, slot: int) -> Path | None:
-        """Trials that run side by side must not mix their lines."""
-        return self._paths.slot_log(self._options.submission, slot) if self._options.slots > 1 else None
+    def _log_of(self, post: Post) -> Path | None:
+        """Trials that run side by side must not mix their lines, nor ranks that train one."""
+        if post.rank:
+            return self._paths.rank_log(self._options.submission, self._options.worker, *post)
+        return self._paths.slot_log(self._options.submission, post.slot) if self._options.slots > 1 else None
 
     def _open_writer(self) -> RecordWriter:
         packages = (
@@ -201,7 +213,7 @@ class Supervisor:
             key.data()
 
     def _until_due(self) -> float:
-        due = self._writer.tick()
+        due = min(self._writer.tick(), self._look_at_ranks())
         self._let_go_of_files()
         if not self._children.ready:
             due = min(due, self._import_left())
@@ -248,64 +260,111 @@ class Supervisor:
 
     def _is_given_up(self, ready: Ready) -> bool:
         """Fail a trial whose earlier attempts, with other workers too, have spent a budget already."""
-        cause = _spent(self._spec.launch.retries, ready.charges)
+        cause = budgets.spent(self._spec.launch.retries, ready.charges)
         if cause is None:
             return False
-        error = f"{ready.charges[cause]} attempts ended by: {cause.value}"
+        error = budgets.given_up(
+            cause, ready.charges[cause], f"{ready.charges[cause]} attempts ended by: {cause.value}"
+        )
         self._record(ready, Status.FAILED, {"cause": cause.value, "error": error}, 0.0)
         self._done.append(ready.trial)
         return True
 
     def _hand_over(self, slot: int, ready: Ready) -> None:
-        worker = self._children.workers.get(slot)
-        if worker is None:
-            worker = self._children.start(slot)
-            self._selector.register(worker.channel, selectors.EVENT_READ, self._reader(slot, worker.channel))
         trial = self._plan.trial(ready.trial)
-        self._running[slot] = Running(ready, time.monotonic(), memory_kills())
-        worker.channel.send(
-            {
-                "index": trial.index,
-                "trial": trial.trial,
-                "params": trial.params,
-                "seed": trial.seed,
-                "attempt": ready.attempt,
-                "bar": self._podium.bar,
-            }
+        self._running[slot] = Running(
+            ready, time.monotonic(), memory_kills(), has_saved=ready.attempt > 0, crew=self._new_crew()
         )
+        message: JsonObject = {
+            "index": trial.index,
+            "trial": trial.trial,
+            "params": trial.params,
+            "seed": trial.seed,
+            "attempt": ready.attempt,
+            "bar": self._podium.bar,
+            "writer": self._writer.writer,
+        }
+        for rank in range(self._num_ranks):
+            self._manned(Post(slot, rank)).channel.send({**message, "rank": rank})
 
-    def _reader(self, slot: int, channel: Channel) -> Callable[[], None]:
-        return lambda: self._on_worker(slot, channel)
+    def _new_crew(self) -> Crew | None:
+        silent_s = self._spec.launch.silent_s
+        return Crew(self._num_ranks, silent_s=silent_s, clock=time.monotonic) if self._num_ranks > 1 else None
+
+    def _manned(self, post: Post) -> Worker:
+        """The worker of a post, which may have to be started."""
+        worker = self._children.workers.get(post)
+        if worker is None:
+            worker = self._children.start(post)
+            self._selector.register(worker.channel, selectors.EVENT_READ, self._reader(post, worker.channel))
+        return worker
+
+    def _reader(self, post: Post, channel: Channel) -> Callable[[], None]:
+        return lambda: self._on_worker(post, channel)
 
     # What children say
 
-    def _on_worker(self, slot: int, channel: Channel) -> None:
+    def _on_worker(self, post: Post, channel: Channel) -> None:
         if channel.closed:
             return  # read to its end by an event that came at the same time
         for message in channel.receive():
-            self._take(slot, message)
+            self._take(post, message)
         if channel.closed:
             self._selector.unregister(channel)
 
-    def _take(self, slot: int, message: JsonObject) -> None:
-        running = self._running.get(slot)
+    def _take(self, post: Post, message: JsonObject) -> None:
+        running = self._running.get(post.slot)
         if running is None or not running.is_meant_by(message):
             return
+        for said in [message] if running.crew is None else running.crew.hear(post.rank, message):
+            self._do(post.slot, running, said)
+
+    def _do(self, slot: int, running: Running, message: JsonObject) -> None:
+        """What a trial's message asks for."""
         trial, attempt = running.ready.trial, running.ready.attempt
         if "report" in message:
             self._writer.append({"kind": "report", "trial": trial, "attempt": attempt, **_object(message["report"])})
+        elif "at" in message or "resumed" in message:
+            self._note_place(running, message)
         elif "outcome" in message:
+            running.has_saved = running.has_saved or bool(message.get("saved"))
             self._finish(slot, Status(str(message["outcome"])), _object(message["payload"]))
         elif "broken" in message:
             raise OrcError(f"trial {trial} can't go on here: {message['broken']}")
+        elif "gone" in message:
+            self._drop(slot, str(message["gone"]))
         elif "end" in message:
-            self._end(slot, Cause(str(message["end"])), str(message["detail"]))
+            step = message.get("step")
+            self._end(slot, Cause(str(message["end"])), str(message["detail"]), step if isinstance(step, int) else None)
+
+    def _note_place(self, running: Running, message: JsonObject) -> None:
+        """Where a trial is, or where it goes on: for people, so nobody waits for the disk."""
+        trial, attempt = running.ready.trial, running.ready.attempt
+        if "resumed" in message:
+            step = int(str(message["resumed"]))
+            lost = max(0, resumption.reached(self._paths, trial) - step)
+            line = records.resume(trial=trial, attempt=attempt, step=step, lost=lost)
+        else:
+            place = _object(message["at"])
+            running.has_saved = running.has_saved or place["saved"] is not None
+            line = {"kind": "at", "trial": trial, "attempt": attempt, **place}
+        self._writer.append(line, lasting=False)
+
+    def _drop(self, slot: int, detail: str) -> None:
+        """Somebody else has finished this trial, so nothing is to be done or charged; unless that isn't so."""
+        ready = self._running.pop(slot).ready
+        self._open.pop(ready.trial, None)
+        self._writer.append(
+            records.end(trial=ready.trial, attempt=ready.attempt, cause=Cause.UNKNOWN, detail=detail, begun=False)
+        )
+        if not self._source.has_outcome(ready.trial):
+            self._begin([Ready(ready.trial, ready.attempt + 1, ready.charges)])
 
     def _finish(self, slot: int, status: Status, payload: JsonObject) -> None:
         running = self._running.pop(slot)
         self._record(running.ready, status, payload, time.monotonic() - running.began)
         self._open.pop(running.ready.trial, None)
-        if self._spec.command is not None:
+        if self._spec.command is not None or running.has_saved or status is Status.FAILED:
             self._done.append(running.ready.trial)
         value, model = payload.get("value"), payload.get("model")
         if isinstance(value, float) and isinstance(model, str):
@@ -325,7 +384,7 @@ class Supervisor:
             shutil.rmtree(self._paths.checkpoint(trial), ignore_errors=True)
         self._let_go, self._done = [], []
 
-    def _end(self, slot: int, cause: Cause, detail: str) -> None:
+    def _end(self, slot: int, cause: Cause, detail: str, step: int | None = None) -> None:
         """An attempt ended without an outcome: charge it, and try again or give the trial up."""
         if self._decision is None and detail.endswith(_ENDS_OF_A_NOTICE):
             self._listen(_LATE_S)
@@ -333,11 +392,16 @@ class Supervisor:
             cause = self._decision.cause
         elif cause is Cause.PREEMPTED:
             cause = Cause.UNKNOWN  # nobody asked it to go on later, and it must not do so for ever
+        elif cause is Cause.SIGNAL and detail.endswith(_KILLED) and memory_kills() > self._running[slot].memory_kills:
+            cause = Cause.MEMORY
         ready = self._running[slot].ready
-        self._writer.append(records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail))
+        self._writer.append(
+            records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail, step=step)
+        )
         ready.charges[cause] += 1
-        if _spent(self._spec.launch.retries, ready.charges) is cause:
-            self._finish(slot, Status.FAILED, {"cause": cause.value, "error": detail})
+        if budgets.spent(self._spec.launch.retries, ready.charges) is cause:
+            error = budgets.given_up(cause, ready.charges[cause], detail)
+            self._finish(slot, Status.FAILED, {"cause": cause.value, "error": error})
             return
         self._running.pop(slot)
         self._open.pop(ready.trial, None)
@@ -359,25 +423,29 @@ class Supervisor:
             self._selector.unregister(self._children.channel)
 
     def _on_exit(self, exited: Exited) -> None:
-        channel = self._children.workers[exited.slot].channel
+        channel = self._children.workers[exited.post].channel
         if not channel.closed:
             for message in channel.receive_rest():
-                self._take(exited.slot, message)
+                self._take(exited.post, message)
             self._selector.unregister(channel)
-        self._children.forget(exited.slot)
-        if exited.slot in self._running:
-            self._charge_death(exited)
-
-    def _charge_death(self, exited: Exited) -> None:
-        if not os.WIFSIGNALED(exited.status):
-            detail = (
-                f"the worker left with exit code {os.waitstatus_to_exitcode(exited.status)} in the middle of the trial"
-            )
-            self._end(exited.slot, Cause.ERROR, detail)
+        self._children.forget(exited.post)
+        running = self._running.get(exited.post.slot)
+        if running is None:
             return
-        name = name_of(os.WTERMSIG(exited.status))
-        starved = name == "SIGKILL" and memory_kills() > self._running[exited.slot].memory_kills
-        self._end(exited.slot, Cause.MEMORY if starved else Cause.SIGNAL, f"killed by {name}")
+        if running.crew is None:
+            self._do(exited.post.slot, running, death(exited.status))
+            return
+        running.crew.left(exited.post.rank, exited.status)
+        if running.crew.verdict is not None:
+            self._do(exited.post.slot, running, running.crew.verdict)
+
+    def _look_at_ranks(self) -> float:
+        """End those that hang; returns in how many seconds to look again."""
+        crews = [(slot, running.crew) for slot, running in self._running.items() if running.crew is not None]
+        for slot, crew in crews:
+            for rank in crew.look() if crew.due_s <= 0 else ():
+                self._children.kill(Post(slot, rank))
+        return min((crew.due_s for _, crew in crews), default=math.inf)
 
     def _listen(self, seconds: float) -> None:
         """Take signals alone, for so long or until one changes the decision."""
@@ -397,10 +465,15 @@ class Supervisor:
 
     def _on_notice(self, names: list[str]) -> None:
         acknowledge()
+        is_first = self._spec.program is not None and self._decision is None
+        if is_first:
+            self._tell("save")  # which is right whatever the reason is, and to ask for that may take a while
         situation, decision = self._judge()
         self._note("+".join(names), situation, f"{decision.cause}: {decision.action}")
         if decision.replaces(self._decision):
             self._adopt(decision, situation)
+        if is_first and not self._is_told:
+            self._tell("stay")
 
     def _note(self, name: str, situation: Situation | None, action: str) -> None:
         self._writer.append(records.notice(signal=name, state=str(situation), action=action), durable=True)
@@ -409,13 +482,19 @@ class Supervisor:
         is_first = self._decision is None
         self._decision = decision
         if decision.cause is Cause.CANCELLED:
-            self._last_call = time.monotonic() + (_SAVE_S if self._spec.command is not None else 0.0)
+            self._last_call = time.monotonic() + _SAVE_S
         elif decision.cause is Cause.TIMEOUT and situation is not None and situation.left_s is not None:
             self._last_call = time.monotonic() + max(0.0, situation.left_s - _LAST_CALL_S)
         if is_first:
             self._noticed = time.monotonic()
-            for worker in self._children.workers.values():
-                worker.tell()
+        # A program saves and stays while the reason is unknown; a command's TERM says both.
+        if not self._is_told and (self._spec.command is not None or decision.action in (Action.REQUEUE, Action.LEAVE)):
+            self._is_told = True
+            self._tell("leave")
+
+    def _tell(self, word: str) -> None:
+        for worker in self._children.workers.values():
+            worker.tell(word)
 
     def _judge(self) -> tuple[Situation | None, Decision]:
         if self._job is None or self._is_cancelled():
@@ -495,30 +574,18 @@ def _object(value: object) -> JsonObject:
     return value
 
 
-def _budget(retries: object, cause: Cause) -> int | None:
-    """How often an attempt may end by `cause`; None for causes that are never the trial's fault."""
-    names = {
-        Cause.ERROR: "error",
-        Cause.SIGNAL: "signal",
-        Cause.MEMORY: "memory",
-        Cause.TIMEOUT: "timeout",
-        Cause.UNKNOWN: "unknown",
-    }
-    return int(getattr(retries, names[cause])) if cause in names else None
-
-
-def _spent(retries: object, charges: Counter[Cause]) -> Cause | None:
-    """A cause by which more attempts have ended than its budget allows; None when there is none."""
-    budgets = ((cause, _budget(retries, cause)) for cause in charges)
-    return next((cause for cause, budget in budgets if budget is not None and charges[cause] > budget), None)
-
-
 def _environment(plan: PlanFile) -> dict[str, str]:
     threads = str(plan.spec.launch.cpus)
     fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     # Sets of texts are looped over in an order that depends on this; what a trial comes to must not.
     hashing = {"PYTHONHASHSEED": "0"}
     return {**os.environ, **hashing, **plan.spec.env, **fixed, "PYTHONUNBUFFERED": "1"}
+
+
+def _reduces_itself(paths: SweepPaths) -> bool:
+    """Whether a worker reduces: a small sweep; and a large one whose reducers were here before its last outcome was."""
+    plan = PlanFile.open(paths.plan)
+    return plan.num_trials <= plan.spec.reduce.trials_per_range or paths.summary.exists()
 
 
 def _reduce(paths: SweepPaths, *, alone: bool) -> int:
@@ -560,7 +627,7 @@ def main(arguments: list[str] | None = None) -> int:
         code = supervisor.run()
         if code == 0 and then_reduce:
             code = _reduce(options.paths, alone=True)
-        elif code == 0 and supervisor.is_sweep_done():
+        elif code == 0 and supervisor.is_sweep_done() and _reduces_itself(options.paths):
             # The reducer job will do the same, but only once Slurm has started it.
             _reduce(options.paths, alone=False)
     except OrcError as error:

@@ -3,10 +3,13 @@
     sweep = Sweep.open("runs/digits-0f3a5b7c9d")        or open("digits"), the newest of that name in ./runs
     sweep.best(3)                                       [Best(index=412, value=0.0771, params={...}, ...), ...]
     sweep.summary()                                     count, mean, quantiles, ... as `orc summary --json`
+    sweep.summary(by="lr")                              the same for each value of a parameter
+    sweep.curve("val_loss")                             step -> statistics over the trials that reported it
     net = sweep.load_model().net                        the best model, back in the network of its job
     sweep.to_pandas()                                   a row a trial
 
-Every answer is folded from the records at the moment of asking; nothing is cached that could be stale.
+Every answer is folded from the records at the moment of asking. What the last fold knew is kept beside them, and only
+what is new is read, as long as it fits the records as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from orchestrator import models
 from orchestrator.errors import FolderError, NothingMatched
@@ -29,7 +32,11 @@ from orchestrator.store import Json, JsonObject
 if TYPE_CHECKING:
     import pandas
 
+    from orchestrator.curves import Curve
+    from orchestrator.effects import Effect
+    from orchestrator.resumption import Account
     from orchestrator.submit import Live
+    from orchestrator.summary import Statistics
     from orchestrator.trial import State
 
 __all__ = ["Best", "Job", "Standing", "Sweep", "default_runs", "find", "ids"]
@@ -113,18 +120,22 @@ class Standing:
         trials: number of trials by waiting, running, complete, diverged, pruned, failed, cancelled; adds up to the
             plan.
         retries: attempts that ended without an outcome, by cause.
+        interruptions: where attempts went on, and what was saved.
         failures: what failed trials say of their cause, the first that says so, and how many do.
         disagreements: trials with outcomes that differ, and the hosts that wrote them.
         bad_lines: lines of records that are torn, or not visible yet.
+        unreadable: record files that can't be read, with the reason: their trials count as missing.
         mixed: versions or processor levels that differ among the workers, so that equal bytes are not promised.
         jobs: what has not ended; None when Slurm did not answer.
     """
 
     trials: dict[str, int]
     retries: dict[str, int]
+    interruptions: Account
     failures: list[tuple[str, int, int]]
     disagreements: list[tuple[int, tuple[str, str]]]
     bad_lines: int
+    unreadable: list[str]
     mixed: list[str]
     jobs: list[Job] | None
     note: str = ""
@@ -143,7 +154,7 @@ class Sweep:
     def __init__(self, paths: SweepPaths) -> None:
         self.paths = paths
         self.plan = PlanFile.open(paths.plan)
-        self.fold = Fold(paths, self.plan.num_trials)
+        self.fold = Fold(paths, self.plan.num_trials, eager=True)
         self._update()
 
     @classmethod
@@ -203,11 +214,75 @@ class Sweep:
         path = self.paths.model(index, sha256)
         return path if path.exists() else None
 
-    def summary(self) -> JsonObject:
-        """What `summary.json` holds, folded now: planned, missing, count, min, max, mean, std, sum, quantiles, ..."""
-        from orchestrator.reducer import summary_json
+    def summary(self, by: str | Sequence[str] | None = None) -> JsonObject:
+        """What `summary.json` holds, folded now: planned, missing, count, min, max, mean, std, sum, quantiles, ...
 
-        return summary_json(self.plan, self.fold)
+        With `by`, one parameter or several, nested ones by dotted path, `groups`: the same for the trials of each of
+        their values, as `orc summary --by NAME --json`. A parameter that is drawn from a range, and has more than 20
+        values, is cut into 10 ranges, each an object of `from` and `to`, both included.
+
+        Raises:
+            UsageError: no such parameter.
+        """
+        from orchestrator import reducer
+
+        if by is None:
+            return reducer.summary_json(self.plan, self.fold)
+        metric, names = self.plan.spec.metric, _names(by)
+        return {
+            "schema": reducer.SCHEMA,
+            "sweep": self.id,
+            "metric": metric.name,
+            "goal": metric.goal,
+            "by": [*names],
+            "groups": [self._with_params(effect) for effect in self.effects(names)],
+        }
+
+    def effects(self, by: str | Sequence[str]) -> list[Effect]:
+        """What `summary(by=...)` says, a group at a time.
+
+        Raises:
+            UsageError: no such parameter.
+        """
+        from orchestrator import effects
+
+        spec, groups = self.plan.spec, effects.group(self.plan, _names(by))
+        return effects.effects(self.fold, groups, goal=spec.metric.goal, top=spec.reduce.top)
+
+    def _with_params(self, effect: Effect) -> JsonObject:
+        top: list[Json] = [
+            {"index": one.key, "value": one.value, "params": self.plan.trial(one.key).params}
+            for one in effect.statistics.top
+        ]
+        return {**effect.to_json(), "top": top}
+
+    @overload
+    def curve(self, metric: str | None = None, by: None = None) -> dict[int, Statistics]: ...
+
+    @overload
+    def curve(self, metric: str | None, by: str | Sequence[str]) -> list[Curve]: ...
+
+    def curve(
+        self, metric: str | None = None, by: str | Sequence[str] | None = None
+    ) -> dict[int, Statistics] | list[Curve]:
+        """A metric by step: the statistics over the trials that have reported it there, whatever became of them.
+
+        Args:
+            metric: its name; the objective by default.
+            by: parameters, as for `summary`; gives a curve for each group, as (values, steps).
+
+        Raises:
+            NothingMatched: no report has the metric.
+            UsageError: no such parameter.
+        """
+        from orchestrator import curves, effects
+
+        objective = self.plan.spec.metric
+        groups = effects.group(self.plan, _names(by))
+        points = curves.read(self.paths, self.plan.num_trials, metric or objective.name)
+        goal = objective.goal if metric in (None, objective.name) else "minimize"
+        found = curves.curves(points, groups, goal=goal)
+        return found[0].steps if by is None else found
 
     def trial(self, name: str) -> Trial:
         """A trial by its index or its id.
@@ -231,13 +306,20 @@ class Sweep:
         return Standing(
             trials=self._counts(alive),
             retries={cause.value: number for cause, number in sorted(self.fold.retries().items())},
+            interruptions=self._interruptions(),
             failures=self.failures(),
             disagreements=[(found.trial, found.hosts) for found in self.fold.disagreements],
             bad_lines=self.fold.num_bad_lines,
+            unreadable=[f"{path}: {why[:1].lower()}{why[1:]}" for path, why in self.fold.unreadable],
             mixed=self._mixed(),
             jobs=None if alive is None else [_job(one) for one in alive],
             note=note,
         )
+
+    def _interruptions(self) -> Account:
+        from orchestrator import resumption
+
+        return resumption.read(self.paths) if self.fold.has_retried or self.fold.retries() else resumption.Account()
 
     def _alive(self) -> tuple[list[Live] | None, str]:
         from orchestrator import submit
@@ -329,6 +411,11 @@ class Sweep:
             )
         check_trusted(self.paths)
         return _load(self.paths, self.plan, trial, path)
+
+
+def _names(by: str | Sequence[str] | None) -> list[str]:
+    """Names of parameters, each once."""
+    return list(dict.fromkeys([by] if isinstance(by, str) else by or ()))
 
 
 def check_trusted(paths: SweepPaths) -> None:

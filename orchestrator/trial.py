@@ -8,32 +8,48 @@
             trial.validate(losses, val_set)                 # reports val_loss and whatever else `losses` gives
 
 `losses(net, batch)` returns per-sample values, shape (batch,): a tensor, or a dict of tensors of which "loss" is
-trained on. Every `next()` of `epochs` and `batches` is a safe point, where a trial can be stopped.
+trained on. Every `next()` of `epochs` and `batches` is a safe point, where a trial can be saved, stopped, and resumed
+later with the bits that it would have had.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 from safetensors.torch import save as to_safetensors
 
-from orchestrator import data
+from orchestrator import data, wire
+from orchestrator.algebra import Key, SummaryMap
+from orchestrator.capture import Misfit, capture, restore
+from orchestrator.checkpoint import Checkpoint
+from orchestrator.course import Astray, Course, Loop, Place
+from orchestrator.dist import Group
+from orchestrator.keeper import Interrupted, Keeper
+from orchestrator.meeting import Party
 from orchestrator.objective import Diverged, Objective, finite
-from orchestrator.records import Status
+from orchestrator.records import Cause, Status
+from orchestrator.settings import refuse_inexact
 from orchestrator.spec import Metric
+from orchestrator.statetree import Tree
 from orchestrator.store import JsonObject
 from orchestrator.summary import Summary
+from orchestrator.team import Team
 
 __all__ = ["Diverged", "State", "Trial", "stream"]
 
 Losses: TypeAlias = "Callable[[torch.nn.Module, object], torch.Tensor | Mapping[str, torch.Tensor]]"
 Reported: TypeAlias = "float | torch.Tensor | Summary"
+
+_PROGRESS = 1
+"""Version of what a checkpoint says of a trial beside the state of its training."""
 
 _VALIDATION_BATCH = 512
 """Samples in a validation batch. It decides the result's last bits, so only the job can change it."""
@@ -82,6 +98,9 @@ class Trial:
         attempt: how often it was started before.
         device: where it trains; the first CUDA device if there is one, else the CPU.
         asked_to_stop: whether a notice has arrived.
+        party: the ranks that work on this trial together; this process alone by default.
+        keeper: keeps its state; None where it is not kept.
+        found: the state in which it goes on; None to begin.
     """
 
     def __init__(
@@ -96,15 +115,22 @@ class Trial:
         attempt: int = 0,
         device: torch.device | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
+        party: Party | None = None,
+        keeper: Keeper | None = None,
+        found: Checkpoint | None = None,
     ) -> None:
         self.index = index
         self.params = params
         self.seed = seed
         self.attempt = attempt
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.group = Group.alone() if party is None else party.group
+        self._team = None if party is None or party.world_size == 1 else Team(party, partial(stream, seed))
         self.epoch = 0
         self.num_steps = 0
         self.state: State | None = None
+        self.memory: dict[str, object] = {}
+        """What the job wants to have again where it goes on, such as a counter: numbers, texts, tensors, lists."""
         self._metric = metric
         self._emit = emit
         self._asked_to_stop = asked_to_stop
@@ -112,6 +138,15 @@ class Trial:
         self._num_reports = 0
         self._objective = Objective(metric)
         self._best_weights: dict[str, torch.Tensor] | None = None
+        self._validated: dict[str, torch.Tensor | Summary] = {}
+        self._num_own = 0
+        self._num_epochs = 0
+        self._generators: list[torch.Generator] = []
+        self._generator_states: list[torch.Tensor] = []
+        self._keeper = keeper
+        self._found = found
+        place = None if found is None else self._place_of(found)
+        self._course = Course(self._mark, place)
 
     # State
 
@@ -157,60 +192,224 @@ class Trial:
     def keep(
         self, *, net: torch.nn.Module, opt: torch.optim.Optimizer | None = None, **others: object
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer | None]:
-        """Place a network and its optimizer that the job made itself; returns them as they are to be used."""
+        """Place a network and its optimizer that the job made itself; returns them as they are to be used.
+
+        With several ranks the network that is returned averages the gradients of all ranks in each backward.
+        """
         net.to(self.device)
         self.state = State(net=net, opt=opt, **others)
-        return net, opt
+        return net if self._team is None else self._team.wrapped(net), opt
 
     # Training
 
     def epochs(self, num: int) -> Iterator[int]:
-        """The epochs from 0 to `num` - 1."""
-        for epoch in range(num):
-            self.epoch = epoch
-            yield epoch
+        """The epochs from 0 to `num` - 1, or those that are left."""
+        return self._each_epoch(self._course.begin(opens=True), num)
+
+    def _each_epoch(self, loop: Loop, num: int) -> Iterator[int]:
+        try:
+            for epoch in range(self._first(loop, num), num):
+                self.epoch = epoch
+                self._course.give(loop)
+                before = self._at
+                yield epoch
+                self._course.take(loop)
+                self._num_epochs += 1
+                self._num_own += self._at == before  # for a job whose steps and batches are its own
+                if epoch + 1 < num:
+                    self._pass(loop)
+        finally:
+            self._course.end(loop)
 
     def batches(
         self, samples: object, batch_size: int = 64, *, shuffle: bool = True, drop_last: bool = False
     ) -> Iterator[data.Batch]:
-        """The batches of this epoch, on the trial's device.
+        """The batches of this epoch, on the trial's device, or those that are left.
 
-        The order depends on the trial's seed and the epoch alone. A DataLoader is taken as it is, with its own batches.
+        The order depends on the trial's seed and the epoch alone. A DataLoader is taken as it is, with its own batches;
+        a trial that takes them is resumed at the begin of an epoch. With several ranks each is given its part of every
+        batch.
 
         Args:
             samples: see `orchestrator.data`.
             batch_size: samples a batch.
             shuffle: in random order.
             drop_last: leave out a last batch that is smaller.
-        """
-        if not data.is_loader(samples):
-            return self._in_order(samples, batch_size, shuffle=shuffle, drop_last=drop_last)
-        assert hasattr(samples, "__iter__")
-        return (data.to_device(batch, self.device) for batch in samples)
 
-    def _in_order(self, samples: object, batch_size: int, *, shuffle: bool, drop_last: bool) -> Iterator[data.Batch]:
+        Raises:
+            TypeError: it is a DataLoader, and there are several ranks.
+        """
+        if data.is_loader(samples):
+            return self._loaded(samples)
         num = data.num_samples(samples)  # type: ignore[arg-type]  # it checks what it is given
-        order = None
-        if shuffle:
-            generator = torch.Generator().manual_seed(stream(self.seed, f"order/{self.epoch}"))
-            order = torch.randperm(num, generator=generator)
-        if drop_last:
-            num -= num % batch_size
-        picked = None if order is None else order[:num]
-        return data.batches(samples, picked, batch_size, num, self.device)  # type: ignore[arg-type]
+        num_kept = num - num % batch_size if drop_last else num
+        whole = self._keeper is not None and self._keeper.only_epochs
+        loop = self._course.begin(opens=False, is_own=not whole)
+
+        def source(first: int) -> Iterator[data.Batch]:
+            order = self._order(num)[:num_kept] if shuffle else None
+            taken = data.batches if self._team is None else self._team.batches
+            return taken(samples, order, batch_size, num_kept, self.device, first)  # type: ignore[arg-type]
+
+        return self._each_batch(loop, source, -(-num_kept // batch_size))
+
+    def _order(self, num: int) -> torch.Tensor:
+        """A permutation of `num` samples, this epoch's."""
+        generator = torch.Generator().manual_seed(stream(self.seed, f"order/{self.epoch}"))
+        return torch.randperm(num, generator=generator)
+
+    def _loaded(self, loader: object) -> Iterator[data.Batch]:
+        if self._team is not None:
+            raise TypeError(
+                f"trial.batches was given a DataLoader, whose batches can't be dealt to {self.group.world_size} ranks: "
+                "pass the data set itself, with the batch size"
+            )
+        assert hasattr(loader, "__iter__")
+        self._know(data.generators(loader))
+        loop = self._course.begin(opens=False, is_own=False)
+        return self._each_batch(loop, lambda _: (data.to_device(batch, self.device) for batch in loader), 0)
+
+    def _each_batch(self, loop: Loop, source: Callable[[int], Iterator[data.Batch]], num: int) -> Iterator[data.Batch]:
+        keeper, num_own = self._keeper, self._num_own
+        try:
+            first = self._first(loop, num)
+            if loop.is_behind:
+                return
+            for batch in source(first):
+                loop.num_given += 1
+                before = self.num_steps
+                yield batch
+                self._num_own += self.num_steps == before
+                # Not after the last one: a job that went on there would lack what it had from it.
+                if keeper is not None and keeper.clock() >= keeper.look_s and loop.num_given != num:
+                    self._pass(loop)
+        finally:
+            if not self._course.end(loop):
+                self._num_own = num_own  # it was no training
 
     def step(self, losses: Losses, batch: data.Batch) -> float | torch.Tensor:
-        """One optimizer step on the mean of the batch's losses; returns that mean, detached, shape ()."""
+        """One optimizer step on the mean of the batch's losses; returns that mean, detached, shape ().
+
+        With several ranks the step is that of the whole batch, and the mean that of this rank's part.
+        """
         net, opt = self.net, self.opt
         if not net.training:
             net.train()
         _clear_gradients(opt)
-        loss = _named(losses(net, batch))["loss"]
-        # What backward() of the mean would pass on, bit for bit, without putting the mean into the graph.
-        loss.backward(torch.full_like(loss, 1.0 / loss.numel()))  # type: ignore[no-untyped-call]  # torch's gap
+        if self._team is not None:
+            mean = self._team.gradients(net, partial(_loss, losses), batch)
+        else:
+            loss = _loss(losses, net, batch)
+            # What backward() of the mean would pass on, bit for bit, without putting the mean into the graph.
+            loss.backward(torch.full_like(loss, 1.0 / loss.numel()))  # type: ignore[no-untyped-call]  # torch's gap
+            mean = loss.detach().mean()
         opt.step()
         self.num_steps += 1
-        return loss.detach().mean()
+        return mean
+
+    # Safe points
+
+    @property
+    def _at(self) -> int:
+        """Where the trial is: optimizer steps, and batches or epochs in which the job has made its own."""
+        return self.num_steps + self._num_own
+
+    def _mark(self) -> int:
+        """Changes when the network is trained, by whomever."""
+        parameters = () if self.state is None else self.state.net.parameters()
+        return self.num_steps + sum(one._version for one in parameters if not one.is_inference())
+
+    def _pass(self, loop: Loop) -> None:
+        """A safe point, between two items of a loop."""
+        keeper = self._keeper
+        if keeper is None or keeper.clock() < keeper.look_s:
+            return
+        take = partial(self._captured, loop) if self.state is not None and self._course.is_safe(loop) else None
+        if not loop.is_own and not keeper.only_epochs:
+            keeper.warn("this trial is saved at the ends of its epochs only, since a DataLoader gives its batches")
+        keeper.look(self._at, self._num_epochs, take)
+
+    def _captured(self, loop: Loop) -> Tree:
+        # A loop of the job's own may hold gradients back for a later step.
+        return capture(self._state(), self._progress(loop), self.group, gradients=not self.num_steps)
+
+    def _progress(self, loop: Loop) -> Tree:
+        return {
+            "version": _PROGRESS,
+            "place": self._course.place(loop),
+            "steps": self.num_steps,
+            "own": self._num_own,
+            "epoch": self.epoch,
+            "epochs": self._num_epochs,
+            "reports": self._num_reports,
+            "objective": self._objective.to_tree(),
+            "best": self._best_weights,
+            "validated": {name: _as_tree(value) for name, value in self._validated.items()},
+            "memory": self.memory,
+            "generators": [one.get_state() for one in self._generators],
+        }
+
+    def _place_of(self, found: Checkpoint) -> Place:
+        progress = cast("dict[str, object]", cast("dict[str, object]", found.state)["progress"])
+        if progress["version"] != _PROGRESS:
+            raise _astray(f"it is of version {progress['version']}, and this is version {_PROGRESS}")
+        self.memory.update(copy.deepcopy(cast("dict[str, object]", progress["memory"])))
+        return cast(Place, progress["place"])
+
+    def _first(self, loop: Loop, num: int) -> int:
+        """The first item that a loop of `num` gives here."""
+        if self._team is not None:
+            self._team.part_ways()
+        if self.device.type == "cuda" and self._keeper is not None:
+            refuse_inexact()
+        if self._course.is_goal(loop):
+            self._arrive()
+        first = self._course.first(loop)
+        return num if first is None else first
+
+    def _arrive(self) -> None:
+        """The job has come back to where it is to go on: put everything back."""
+        assert self._found is not None
+        if self.state is None:
+            raise _astray("it has called neither trial.build nor trial.keep on its way")
+        try:
+            progress = cast("dict[str, object]", restore(self.state, self._found.state, self.group))
+        except Misfit as error:
+            raise _astray(str(error)) from error
+        self._found = None
+        self._take(progress)
+        self._course.arrive()
+        if self._keeper is not None:
+            self._keeper.resumed(self._at, self._num_epochs)
+
+    def _take(self, progress: dict[str, object]) -> None:
+        self.epoch = cast(int, progress["epoch"])
+        self.num_steps, self._num_own = cast(int, progress["steps"]), cast(int, progress["own"])
+        self._num_epochs, self._num_reports = cast(int, progress["epochs"]), cast(int, progress["reports"])
+        self._objective.take_tree(cast(JsonObject, progress["objective"]))
+        self._best_weights = cast("dict[str, torch.Tensor] | None", progress["best"])
+        validated = cast("dict[str, torch.Tensor | bytes]", progress["validated"])
+        self._validated = {name: _from_tree(value) for name, value in validated.items()}
+        self.memory.clear()
+        self.memory.update(cast("dict[str, object]", progress["memory"]))
+        self._generator_states = cast("list[torch.Tensor]", progress["generators"])
+        for generator, state in zip(self._generators, self._generator_states, strict=False):
+            generator.set_state(state)
+
+    def _know(self, generators: list[torch.Generator]) -> None:
+        """Keep generators of a DataLoader; one that is met again goes on from where it was."""
+        for one in generators:
+            if not any(one is known for known in self._generators):
+                if len(self._generators) < len(self._generator_states):
+                    one.set_state(self._generator_states[len(self._generators)])
+                self._generators.append(one)
+
+    def _answered(self) -> dict[str, float]:
+        """What a report was answered before, on the way to where the trial goes on."""
+        try:
+            return dict(cast("dict[str, float]", self._course.answer()))
+        except Astray as error:
+            raise _astray(str(error)) from error
 
     # Validation
 
@@ -221,25 +420,79 @@ class Trial:
         """Evaluate all samples and report the exact mean of every value that `losses` gives, as `val_<name>`.
 
         The mean is that of the exact sum, correctly rounded, whatever the order of the batches. One sample that is NaN
-        or infinite makes the mean NaN.
+        or infinite makes the mean NaN. `summaries` then has more than the means.
+
+        With several ranks all call this. Batch j goes to rank j mod world size, with rank 0's buffers, so the result is
+        the same in every bit whatever their number, and there may be fewer batches than ranks.
 
         Args:
             losses: as for `step`.
             samples: see `orchestrator.data`; not a DataLoader, since whole batches are dealt.
             batch_size: samples a batch, in the order of the data set.
             prefix: before each reported name.
+
+        Raises:
+            ValueError: there is no sample, or `losses` gives other than one value a sample; or ranks differ in how
+                many samples they have. Every rank raises.
+            PeerLost: a rank is gone or silent.
         """
+        if self._course.is_under_way:
+            return self._answered()
+        num = self._agreed(samples, batch_size)
+        values = self._evaluated(losses, data.dealt(samples, batch_size, num, self.device, *self._seat))  # type: ignore[arg-type]
+        found = self._reduced({prefix + name: torch.cat(parts) for name, parts in values.items()}, batch_size)
+        for name, value in found.items():
+            if _num_values(value) != num:
+                raise ValueError(
+                    f"{name}: losses must give one value a sample: expected {num}, found {_num_values(value)}"
+                )
+        self._validated.update(found)
+        return self.report_all(found)
+
+    @property
+    def summaries(self) -> Mapping[str, Summary]:
+        """The whole Summary behind each mean that `validate` has reported, the last of each name; keys are samples."""
+        found = {name: _summary(value) for name, value in self._validated.items()}
+        self._validated.update(found)
+        return found
+
+    @property
+    def _seat(self) -> tuple[int, int]:
+        return self.group.rank, self.group.world_size
+
+    def _agreed(self, samples: object, batch_size: int) -> int:
+        """How many samples there are. Ranks that differ in what they validate are told, all of them."""
+        num = data.num_samples(samples)  # type: ignore[arg-type]  # it checks what it is given
+        buffers = list(self._state().net.buffers())
+        sizes = [one.numel() * one.element_size() for one in buffers]
+        self.group.agree("what is validated", {"samples": num, "batch_size": batch_size, "buffer_bytes": sum(sizes)})
+        if not num:
+            raise ValueError("there is nothing to validate: expected at least 1 sample, found a data set of 0")
+        self.group.broadcast(buffers)
+        return num
+
+    def _evaluated(self, losses: Losses, batches: Iterator[data.Batch]) -> dict[str, list[torch.Tensor]]:
+        """Per-sample values by name, on their device, in the order of the batches."""
         net = self._state().net
         training = [module for module in net.modules() if module.training]
         net.eval()
-        num = data.num_samples(samples)  # type: ignore[arg-type]  # it checks what it is given
-        parts: dict[str, list[torch.Tensor]] = {}
-        for batch in data.batches(samples, None, batch_size, num, self.device):  # type: ignore[arg-type]
-            for name, values in _named(losses(net, batch)).items():
-                parts.setdefault(name, []).append(values)
+        values: dict[str, list[torch.Tensor]] = {}
+        for batch in batches:
+            for name, found in _named(losses(net, batch)).items():
+                values.setdefault(name, []).append(found if found.dim() == 1 else found.reshape(-1))
         for module in training:  # one by one: what the job itself has set to eval stays so
             module.training = True
-        return self.report_all({prefix + name: torch.cat(values) for name, values in parts.items()})
+        return values
+
+    def _reduced(self, values: Mapping[str, torch.Tensor], batch_size: int) -> Mapping[str, torch.Tensor | Summary]:
+        """The Summary of all ranks' values by name. One process has them all: its means take a fifth of the time."""
+        if self.group.world_size == 1:
+            return values
+        mine: list[tuple[Key, Summary]] = []
+        for name, one in values.items():
+            keys = _sample_keys(len(one), batch_size, *self._seat).numpy()
+            mine.append((name, Summary.of_samples(one, keys=keys)))
+        return {str(name): one for name, one in self.group.reduce(SummaryMap.of(mine)).entries}
 
     def report(self, *, step: int | None = None, **metrics: Reported) -> dict[str, float]:
         """Report metrics; the objective must be among some report's.
@@ -255,13 +508,18 @@ class Trial:
 
     def report_all(self, metrics: Mapping[str, Reported], *, step: int | None = None) -> dict[str, float]:
         """As `report`, for names that are no identifiers."""
+        if self._course.is_under_way:
+            return self._answered()
         at = int(step) if step is not None else self.num_steps or self._num_reports
         self._num_reports += 1
         found = {name: _number(value) for name, value in metrics.items()}
+        if self._team is not None:
+            found = self._team.agreed(found)
         self._emit({"step": at, "metrics": finite(found)})
         if self._objective.take(at, found) and self._metric.at == "best":
             self._best_weights = self._weights(copy=True)
-        return found
+        self._course.note(found)
+        return dict(found)
 
     # Outcome
 
@@ -279,9 +537,12 @@ class Trial:
 
         Raises:
             NoResult: the objective was never reported; the text says what was.
+            Interrupted: the job has ended before it came back to where it was to go on.
         """
+        if self._course.is_under_way:
+            raise _astray("it has ended before it came back to where it was to go on")
         status, payload = self._objective.outcome()
-        if status is not Status.COMPLETE or not self._may_rank(bar):
+        if status is not Status.COMPLETE or not self._may_rank(bar) or self.group.rank:
             return Result(status=status, payload=payload)
         weights = self._best_weights or self._weights(copy=False)
         if weights is None:
@@ -294,6 +555,22 @@ class Trial:
         return bar is None or (value is not None and (value == bar or self._objective.improves(value, bar)))
 
 
+def _astray(text: str) -> Interrupted:
+    detail = (
+        f"it can't go on from its checkpoint: {text}; a job must build the same and go the same way each time, and "
+        "`orc resume --failed` has this trial begin anew"
+    )
+    return Interrupted({"end": Cause.ERROR.value, "detail": detail})
+
+
+def _as_tree(value: torch.Tensor | Summary) -> Tree:
+    return wire.encode(value) if isinstance(value, Summary) else value
+
+
+def _from_tree(value: torch.Tensor | bytes) -> torch.Tensor | Summary:
+    return cast(Summary, wire.decode(value)) if isinstance(value, bytes) else value
+
+
 def _clear_gradients(opt: torch.optim.Optimizer) -> None:
     """As `opt.zero_grad()`, whose mark for the profiler costs a small network more than the work itself."""
     if type(opt).zero_grad is not torch.optim.Optimizer.zero_grad:
@@ -304,12 +581,31 @@ def _clear_gradients(opt: torch.optim.Optimizer) -> None:
             parameter.grad = None
 
 
+def _loss(losses: Losses, net: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
+    return _named(losses(net, batch))["loss"]
+
+
 def _named(values: torch.Tensor | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     if isinstance(values, torch.Tensor):
         return {"loss": values}
     if "loss" not in values:
         raise KeyError(f'losses must give "loss", the values that are trained on; it gave {", ".join(values)}')
     return values
+
+
+def _summary(value: torch.Tensor | Summary) -> Summary:
+    return value if isinstance(value, Summary) else Summary.of_samples(value)
+
+
+def _num_values(value: torch.Tensor | Summary) -> int:
+    return value.count + value.num_diverged if isinstance(value, Summary) else value.numel()
+
+
+def _sample_keys(num: int, batch_size: int, rank: int, world_size: int) -> torch.Tensor:
+    """The samples to which `num` values belong, those of a rank's batches one after the other."""
+    positions = torch.arange(num, device="cpu")
+    batches = positions // batch_size * world_size + rank
+    return batches * batch_size + positions % batch_size
 
 
 def _number(value: Reported) -> float:

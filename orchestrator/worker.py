@@ -23,9 +23,12 @@ import torch
 
 from orchestrator import store
 from orchestrator.channel import Channel, Send, say, serve
+from orchestrator.checkpoint import Checkpoints, Identity
 from orchestrator.code import Lineage
 from orchestrator.errors import OrcError
 from orchestrator.job import Job, load_job, preload
+from orchestrator.keeper import Interrupted, Keeper
+from orchestrator.meeting import Party
 from orchestrator.objective import Diverged, NoResult
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause
@@ -35,7 +38,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.store import JsonObject
 from orchestrator.trial import Result, Trial, stream
 
-__all__ = ["Worker", "reset", "server"]
+__all__ = ["Worker", "loaded", "reset", "server"]
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -57,6 +60,10 @@ class Worker:
         self._job = job
         self._channel = channel
         self._noticed = False
+        self._words: list[str] = []
+        self._keeper: Keeper | None = None
+        self._party = Party.alone()
+        self._has_saved = False
         self._cwd = Path.cwd()
         self._environment = dict(os.environ)
         self._settings = Settings()
@@ -67,16 +74,33 @@ class Worker:
             signal.signal(number, self._notice)
 
     def _notice(self, *_: object) -> None:
+        """A signal says only that there may be a word of the supervisor's, at which the next safe point looks."""
         self._noticed = True
+        if self._keeper is not None:
+            self._keeper.look_s = 0.0
+
+    def _is_asked_to_stop(self) -> bool:
+        return self._noticed
+
+    def _told(self, word: str) -> None:
+        self._words.append(word)
+        self._noticed = True
+
+    def _hears(self) -> list[str]:
+        words = self._words + self._channel.notices()
+        self._words = []
+        return words
 
     def serve(self) -> None:
         """Train until the supervisor closes the channel."""
-        serve(self._channel, self._attempt, self._notice)
+        serve(self._channel, self._attempt, self._told)
 
     def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
         """Train one trial; returns the message that ends it."""
         try:
-            return self._kept(int(str(message["index"])), self._train(message, send))
+            return self._done(message, send)
+        except Interrupted as interrupted:
+            return interrupted.answer
         except (MemoryError, torch.OutOfMemoryError) as error:
             say(traceback.format_exc())
             return _ended(Cause.MEMORY, error)
@@ -88,27 +112,52 @@ class Worker:
                 return {"broken": str(error)}  # not the trial's fault, and the next one would fare no better
             return _ended(Cause.ERROR, error)
 
+    def _done(self, message: JsonObject, send: Send) -> JsonObject:
+        return self._kept(int(str(message["index"])), self._train(message, send))
+
     def _train(self, message: JsonObject, send: Send) -> Result:
         seed = int(str(message["seed"]))
-        params = message["params"]
         bar = message["bar"]
-        assert isinstance(params, dict)
         self._listen()
+        self._noticed = bool(self._words)
         reset(seed, self._spec.launch.cpus, self._cwd, self._environment, self._settings)
+        keeper = self._keeper = self._new_keeper(message, send)
+        try:
+            trial, for_train = self._trial(message, send, keeper)
+            with contextlib.suppress(Diverged), warnings.catch_warnings():
+                self._run(trial, for_train)
+            return trial.result(bar if isinstance(bar, float) else None)
+        finally:
+            self._keeper, self._has_saved = None, keeper.has_saved
+            keeper.close()
+
+    def _new_keeper(self, message: JsonObject, send: Send) -> Keeper:
+        return Keeper(self._checkpoints(message), self._spec.checkpoint, hears=self._hears, tells=send, say=say)
+
+    def _checkpoints(self, message: JsonObject) -> Checkpoints:
+        index = int(str(message["index"]))
+        whose = Identity(sweep=self._paths.id, trial=index, world_size=self._party.world_size)
+        return Checkpoints(self._paths.checkpoint(index), whose, str(message["writer"]), say=say)
+
+    def _trial(self, message: JsonObject, send: Send, keeper: Keeper) -> tuple[Trial, JsonObject]:
+        """The trial of a message, as far as it was done before, and the parameters that `train` takes."""
+        params, attempt = message["params"], int(str(message["attempt"]))
+        assert isinstance(params, dict)
         for_build, for_train = split(params, self._job.build, self._job.train)
         trial = Trial(
             index=int(str(message["index"])),
             params=params,
-            seed=seed,
+            seed=int(str(message["seed"])),
             metric=self._spec.metric,
             emit=lambda report: send({"report": report}),
             build_params=for_build,
-            attempt=int(str(message["attempt"])),
-            asked_to_stop=lambda: self._noticed,
+            attempt=attempt,
+            asked_to_stop=self._is_asked_to_stop,
+            party=self._party,
+            keeper=keeper,
+            found=keeper.newest() if attempt else None,
         )
-        with contextlib.suppress(Diverged), warnings.catch_warnings():
-            self._run(trial, for_train)
-        return trial.result(bar if isinstance(bar, float) else None)
+        return trial, for_train
 
     def _run(self, trial: Trial, for_train: JsonObject) -> None:
         with _one_process():
@@ -127,7 +176,7 @@ class Worker:
                 store.write(self._paths.model(index, str(result.payload["model"])), result.model)
             except OrcError as error:
                 return {"broken": str(error)}  # a full disk is not the trial's fault
-        return {"outcome": result.status.value, "payload": result.payload}
+        return {"outcome": result.status.value, "payload": result.payload, "saved": self._has_saved}
 
 
 @contextlib.contextmanager
@@ -181,9 +230,15 @@ def reset(seed: int, threads: int, cwd: Path, environment: dict[str, str], setti
         numpy.seterr(divide="warn", over="warn", under="ignore", invalid="warn")
 
 
-def server(paths: SweepPaths, spec: SweepSpec) -> Callable[[Channel], None]:
-    """Import the job; returns what serves its trials in a worker process."""
+def loaded(paths: SweepPaths, spec: SweepSpec) -> Job:
+    """The job, with all that its trials need imported."""
     assert spec.program is not None
     job = load_job(paths.code, spec.program, Lineage.of(paths))
-    preload(job)
+    preload(job, ranks=spec.launch.num_ranks)
+    return job
+
+
+def server(paths: SweepPaths, spec: SweepSpec) -> Callable[[Channel], None]:
+    """Import the job; returns what serves its trials in a worker process."""
+    job = loaded(paths, spec)
     return lambda channel: Worker(paths, spec, job, channel).serve()

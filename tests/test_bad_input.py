@@ -121,7 +121,7 @@ def test_a_metric_that_is_never_reported_fails_and_names_what_is(orc: Orc) -> No
     assert "0 of 3 complete, 3 failed" in said.out
 
 
-def test_values_are_never_run_by_a_shell(orc: Orc) -> None:
+def test_fault_28_values_are_never_run_by_a_shell(orc: Orc) -> None:
     values = ["$(touch pwned)", "`touch pwned`", "a\nb", "; touch pwned", "--x", "../.."]
     script = 'test "$#" = 1 && echo "{\\"val_loss\\": ${#1}}" >> $ORC_REPORT'
     said = orc("run", orc.write(command=["sh", "-c", script, "sh", "${args}"], parameters={"x": {"values": values}}))
@@ -162,7 +162,7 @@ def test_a_folder_that_is_not_whole_is_refused(missing: str, orc: Orc) -> None:
     assert orc.sweeps[0] in orc("status", orc.sweeps[0], expect=3 if missing == "plan.jsonl" else 2).err
 
 
-def test_a_folder_that_anyone_may_write_is_read_but_not_run(orc: Orc) -> None:
+def test_fault_30_a_folder_that_anyone_may_write_is_read_but_not_run(orc: Orc) -> None:
     orc("run", orc.write())
     (orc.runs / orc.sweeps[0]).chmod(0o777)
     assert "3 complete" in orc("status").out

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from orchestrator.channel import MARK, Channel, serve
-from orchestrator.children import Worker
+from orchestrator.children import Post, Worker
 from orchestrator.store import JsonObject
 
 
@@ -74,13 +74,37 @@ def test_every_answer_names_its_trial_and_notices_come_first(
 
     for trial in (3, 4):
         ours.send({"index": trial, "trial": f"{trial}-name", "params": {}, "attempt": trial + 1})
-    ours.send({"notice": True})
+    ours.send({"notice": "save"})
     ours.close()
-    serve(theirs, attempt, lambda: seen.append("notice"))
-    assert seen == ["notice", "3", "4"]
+    serve(theirs, attempt, lambda word: seen.append(f"notice: {word}"))
+    assert seen == ["notice: save", "3", "4"]
     assert MARK.findall(capsysbinary.readouterr().out) == [
         (name, attempt) for name, attempt in ((b"3-name", b"4"), (b"4-name", b"5")) for _ in ("start", "end")
     ]
+
+
+def test_a_look_for_notices_does_not_wait_and_leaves_other_messages_to_be_received(
+    pair: tuple[Channel, Channel],
+) -> None:
+    ours, theirs = pair
+    assert theirs.notices() == []
+    for message in ({"notice": "save"}, {"index": 3}, {"notice": "leave"}, {"index": 4}):
+        ours.send(message)
+    assert theirs.notices() == ["save", "leave"]
+    assert theirs.notices() == []
+    assert theirs.has_kept
+    assert list(theirs.receive()) == [{"index": 3}, {"index": 4}]
+    ours.close()
+    assert theirs.notices() == []
+    assert theirs.closed
+
+
+def test_who_serves_once_leaves_after_the_first_trial(pair: tuple[Channel, Channel]) -> None:
+    ours, theirs = pair
+    for trial in (3, 4):
+        ours.send({"index": trial, "trial": f"{trial}-name", "params": {}, "attempt": 0})
+    serve(theirs, lambda message, _: {"done": True}, lambda _: None, once=True)
+    assert list(ours.receive()) == [{"index": 3, "attempt": 0, "done": True}]
 
 
 def test_a_worker_that_only_starts_is_told_by_message_and_by_signal_once_it_can_be(
@@ -89,11 +113,11 @@ def test_a_worker_that_only_starts_is_told_by_message_and_by_signal_once_it_can_
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
     try:
-        worker = Worker(0, pair[0])
-        worker.tell()
+        worker = Worker(Post(0), pair[0])
+        worker.tell("leave")
         assert heard == []
         worker.has_pid(os.getpid())
         assert heard == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert list(pair[1].receive()) == [{"notice": True}]
+    assert list(pair[1].receive()) == [{"notice": "leave"}]

@@ -264,6 +264,14 @@ def test_init_gives_a_job_that_plans_at_once(orc: Orc) -> None:
     assert "left as it is" in orc("init", "here and there", expect=2).err
 
 
+def test_plan_says_how_wide_a_trial_is(orc: Orc) -> None:
+    assert ", 1 thread a trial" in orc("plan", orc.write()).out
+    (orc.folder / "train.py").write_text("def train(trial, *, lr): pass\n")
+    (orc.folder / "ranks.yaml").write_text("program: train.py\nmethod: grid\nparameters: {lr: {values: [1]}}\n")
+    said = orc("plan", "ranks.yaml", "launch.ranks_per_node=4", "launch.cpus=2").out
+    assert ", 4 ranks of 2 threads a trial" in said
+
+
 def test_plan_writes_nothing(orc: Orc) -> None:
     orc.write()
     for options in ([], ["--json"], ["--scripts"]):

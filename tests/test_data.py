@@ -43,3 +43,11 @@ def test_a_batch_may_be_changed_in_place(order: torch.Tensor | None) -> None:
 def test_tensors_without_columns_or_bytes_are_samples_too() -> None:
     empty = torch.empty(7, 0)
     assert [len(b[0]) for b in data.batches((empty,), None, 3, 7, CPU)] == [3, 3, 1]  # type: ignore[index]
+
+
+def test_the_length_of_a_batch_is_that_of_its_first_tensor() -> None:
+    x = torch.zeros(3, 2)
+    assert [data.length(batch) for batch in (x, (x, 1), {"name": "a", "x": [x]}, ([x], torch.zeros(9)))] == [3] * 4
+    for batch in ("text", (), torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="a batch is a tensor with its samples along the first dimension"):
+            data.length(batch)

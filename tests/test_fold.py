@@ -2,83 +2,38 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import itertools
+import math
+import os
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import orjson
 import pytest
+from histories import FILES, NUM, OUTCOMES, WRITERS, begun, done, empty, ended, folded, put, shows, view
 from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import make
 
+from orchestrator import show
 from orchestrator.errors import FolderError
-from orchestrator.fold import Disagreement, Fold
+from orchestrator.fold import Disagreement, Fold, stretch
+from orchestrator.fold import table as tables
+from orchestrator.fold.lookback import payload_text
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause, Status, end, notice, outcome, report, start
-from orchestrator.store import JsonObject, checked
-
-NUM = 4
-WRITERS = ("a" * 32, "b" * 32, "c" * 32)
+from orchestrator.store import JsonObject, canonical, checked
+from orchestrator.sweep import Sweep
 
 
 @pytest.fixture
 def paths(tmp_path: Path) -> SweepPaths:
     return empty(tmp_path)
-
-
-def empty(folder: Path) -> SweepPaths:
-    found = SweepPaths(folder)
-    found.records.mkdir()
-    return found
-
-
-def writer(name: str, **more: object) -> JsonObject:
-    return {"kind": "writer", "writer": name, "host": f"host-{name[0]}", **more}
-
-
-def done(trial: int, value: float = 1.0, attempt: int = 0, status: Status = Status.COMPLETE) -> JsonObject:
-    return outcome(trial=trial, attempt=attempt, status=status, payload={"value": value}, seconds=1.0)
-
-
-def ended(trial: int, cause: Cause = Cause.SIGNAL, attempt: int = 0, **more: bool) -> JsonObject:
-    return end(trial=trial, attempt=attempt, cause=cause, detail="because", **more)
-
-
-def begun(*trials: int, attempt: int = 0) -> list[JsonObject]:
-    return [start(trial=trial, attempt=attempt) for trial in trials]
-
-
-def put(paths: SweepPaths, name: str, *lines: JsonObject, **more: object) -> bytes:
-    data = b"".join(map(checked, (writer(name, **more), *lines)))
-    paths.record(name).write_bytes(data)
-    return data
-
-
-def folded(paths: SweepPaths) -> Fold:
-    found = Fold(paths, NUM)
-    found.update()
-    return found
-
-
-def view(fold: Fold) -> object:
-    """All that a person can ask of a fold."""
-    trials = range(NUM)
-    return (
-        [fold.status(i) for i in trials],
-        list(fold.values),
-        [fold.payload(i) for i in trials],
-        [fold.next_attempt(i) for i in trials],
-        [fold.attempts(i) for i in trials],
-        [fold.charges(i) for i in trials],
-        fold.running(),
-        fold.retries(),
-        fold.disagreements,
-        fold.num_missing,
-        fold.num_bad_lines,
-        fold.writers(),
-        sorted(map(repr, fold.notices())),
-    )
 
 
 # What counts
@@ -120,6 +75,12 @@ def test_a_damaged_payload_is_never_half_read(paths: SweepPaths) -> None:
     [
         {"kind": "outcome", "trial": 0, "attempt": 0, "status": "splendid", "payload": {}},
         {"kind": "outcome", "trial": 0, "attempt": 0},
+        {"kind": "outcome", "trial": 0, "attempt": 0, "status": [], "payload": {"value": 1.0}, "seconds": 1.0},
+        {"kind": "outcome", "trial": 0, "attempt": 0, "status": "complete", "payload": {"value": None}, "seconds": 1.0},
+        {"kind": "outcome", "trial": 0, "attempt": 0, "status": "complete", "payload": 7, "seconds": 1.0},
+        {"kind": "start", "trial": 0, "attempt": 10**12},
+        {"kind": "start", "trial": 0, "attempt": -1},
+        {"kind": "writer", "writer": WRITERS[0], "submission": []},
         {"kind": "end", "trial": 0, "attempt": 0, "cause": "fate"},
     ],
 )
@@ -134,10 +95,86 @@ def test_a_kind_that_is_unknown_changes_nothing(paths: SweepPaths) -> None:
     assert list(folded(paths).running()) == [0]
 
 
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_no_value_is_minus_zero(paths: SweepPaths, attempt: int) -> None:
+    put(paths, WRITERS[0], done(0, -0.0, attempt))
+    assert math.copysign(1.0, folded(paths).value(0)) == 1.0
+
+
+# What is no record file, and what can't be read
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_nothing(path: Path) -> None:
+    path.symlink_to("nothing")
+
+
+def link_to_a_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [fifo, link_to_nothing, link_to_a_device, Path.mkdir])
+def test_what_is_no_file_is_passed_over(paths: SweepPaths, make: Callable[[Path], None]) -> None:
+    put(paths, WRITERS[0], done(0))
+    make(paths.record(WRITERS[1]))
+    fold = folded(paths)
+    assert (fold.missing(), list(fold.seen), fold.unreadable) == ([1, 2, 3], [WRITERS[0]], [])
+
+
+@pytest.mark.parametrize("name", [b"b.jsonl", b"B" * 32 + b".jsonl", WRITERS[1].encode(), b"\xff" * 32 + b".jsonl"])
+def test_a_file_that_is_not_called_like_a_record_file_is_passed_over(paths: SweepPaths, name: bytes) -> None:
+    put(paths, WRITERS[0], done(0))
+    (paths.records / os.fsdecode(name)).write_bytes(put(paths, WRITERS[1], done(1)))
+    paths.record(WRITERS[1]).unlink()
+    assert folded(paths).missing() == [1, 2, 3]
+
+
+def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = make(tmp_path, trials=2)
+    put(paths, WRITERS[0], done(0))
+    put(paths, WRITERS[1], done(1))
+    original = stretch.opened
+
+    def opened(path: Path) -> object:
+        if path == paths.record(WRITERS[1]):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(stretch, "opened", opened)
+    sweep = Sweep(paths)
+    assert (sweep.fold.missing(), sweep.fold.unreadable) == ([1], [(paths.record(WRITERS[1]), "Permission denied")])
+    said = (
+        f"1 record file can't be read, so trials may be missing that are done: {paths.record(WRITERS[1])}: permission"
+    )
+    assert said in show.standing(sweep, sweep.standing())
+    monkeypatch.undo()
+    assert (sweep.refresh().fold.missing(), sweep.fold.unreadable) == ([], [])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("ending", [b"", b"\n"])
+def test_a_line_that_is_far_too_long_is_one_bad_line(
+    paths: SweepPaths, monkeypatch: pytest.MonkeyPatch, chunk: int, ending: bytes
+) -> None:
+    monkeypatch.setattr(stretch, "_CHUNK", chunk)
+    monkeypatch.setattr(stretch, "_LONGEST", 1000)
+    long = bytes(5000) + ending
+    data = put(paths, WRITERS[0], done(0), done(1))
+    cut = data.index(b"\n", data.index(b'"trial":0')) + 1
+    paths.record(WRITERS[0]).write_bytes(data[:cut] + long + data[cut:] if ending else data + long)
+    fold = folded(paths)
+    assert (fold.missing(), fold.num_bad_lines) == ([2, 3], 1)
+    assert fold.seen == {WRITERS[0]: cut if ending else len(data)}
+    assert fold.payload(1) == {"value": 1.0}
+
+
 # Torn
 
 
-def test_a_file_cut_at_every_byte_keeps_the_rest_intact(paths: SweepPaths) -> None:
+def test_fault_17_a_file_cut_at_every_byte_keeps_the_rest_intact(paths: SweepPaths) -> None:
     put(paths, WRITERS[1], done(3))
     lines = [*begun(0, 1), done(0), report(trial=1, attempt=0, step=1, metrics={}), done(1)]
     data = put(paths, WRITERS[0], *lines)
@@ -169,23 +206,39 @@ def test_an_update_without_news_says_so_beyond_a_bad_line_too(paths: SweepPaths)
     assert [fold.update() for _ in range(2)] == [1, 0]
 
 
-# Late, twice, in any order
+def test_whatever_changes_is_told_by_the_number_of_changes(paths: SweepPaths) -> None:
+    head, *lines = put(paths, WRITERS[0], done(0), done(1), done(2), done(3)).splitlines(keepends=True)
+    zeros = [bytes(len(line) - 1) + b"\n" for line in lines]
+    holed = [[zeros[0], lines[1], zeros[2], lines[3]], [zeros[0], zeros[1], lines[2], lines[3]]]
+    path, counts, fold = paths.record(WRITERS[0]), [], Fold(paths, NUM)
+    for shown in (*holed, lines, lines, lines[:3]):
+        path.write_bytes(head + b"".join(shown))
+        counts.append((fold.update(), fold.num_changes))
+    more, changes = zip(*counts, strict=True)
+    assert more == (3, 0, 2, 0, -1)
+    assert [after > before for before, after in itertools.pairwise((0, *changes))] == [True, True, True, False, True]
 
-OUTCOMES = st.builds(
-    done, st.integers(0, NUM - 1), st.sampled_from([1.0, 2.0]), st.integers(0, 1), st.sampled_from(list(Status))
-)
-ENDS = st.builds(ended, st.integers(0, NUM - 1), st.sampled_from(list(Cause)), st.integers(0, 2), begun=st.booleans())
-STARTS = st.builds(
-    lambda trial, attempt: start(trial=trial, attempt=attempt), st.integers(0, NUM - 1), st.integers(0, 2)
-)
-OTHERS = st.sampled_from(
-    [
-        {"kind": "beat"},
-        report(trial=0, attempt=0, step=1, metrics={"m": 1.0}),
-        notice(signal="S", state="R", action="A"),
-    ]
-)
-FILES = st.lists(st.lists(STARTS | OUTCOMES | ENDS | OTHERS, max_size=6), min_size=1, max_size=3)
+
+def test_what_a_file_server_lost_no_longer_counts(paths: SweepPaths) -> None:
+    lines = put(paths, WRITERS[0], done(0), done(1), done(2)).splitlines(keepends=True)
+    path = paths.record(WRITERS[0])
+    path.write_bytes(b"".join([*lines[:2], bytes(len(lines[2]) - 1) + b"\n", lines[3]]))
+    warm = folded(paths)
+    assert warm.missing() == [1, 3]
+    path.write_bytes(b"".join(lines[:2]))
+    warm.update()
+    assert (warm.missing(), view(warm)) == ([1, 2, 3], view(folded(paths)))
+
+
+def test_an_outcome_that_was_lost_since_the_last_look_is_an_error_by_name(paths: SweepPaths) -> None:
+    put(paths, WRITERS[0], done(0))
+    fold = folded(paths)
+    put(paths, WRITERS[0])
+    with pytest.raises(FolderError, match=f"{WRITERS[0]}.jsonl: the record at byte .* no longer there"):
+        fold.payload(0)
+
+
+# Late, twice, in any order
 
 
 def joined(lines: Iterable[JsonObject]) -> list[object]:
@@ -226,30 +279,15 @@ def test_the_order_of_files_is_irrelevant(files: list[list[JsonObject]], names: 
     assert seen(list(WRITERS)) == seen(names)
 
 
-@st.composite
-def views_of_a_file(draw: st.DrawFn, content: bytes, steps: int) -> list[bytes]:
-    """What a network file system shows of a file over time: more and more of it, with zeros that become data late."""
-    lengths = sorted(draw(st.integers(0, len(content))) for _ in range(steps))
-    first = draw(st.integers(0, len(content)))
-    last = min(len(content), first + draw(st.integers(0, 200)))
-    healed = draw(st.integers(0, steps))
-    holed = content[:first] + bytes(last - first) + content[last:]
-    return [(content if step >= healed else holed)[:length] for step, length in enumerate(lengths)]
-
-
 @given(FILES, st.data())
-def test_an_incremental_fold_equals_a_cold_one(files: list[list[JsonObject]], data: st.DataObject) -> None:
-    whole = {
-        name: b"".join(map(checked, (writer(name, slots=2), *lines)))
-        for name, lines in zip(WRITERS, files, strict=False)
-    }
-    shown = {name: data.draw(views_of_a_file(content, 3)) for name, content in whole.items()}
+def test_fault_41_a_fold_of_late_lines_equals_a_cold_one(files: list[list[JsonObject]], data: st.DataObject) -> None:
+    shown = shows(files, data)
     with tempfile.TemporaryDirectory() as folder:
         paths = empty(Path(folder))
         warm = Fold(paths, NUM)
         for step in range(4):
-            for name, content in whole.items():
-                paths.record(name).write_bytes([*shown[name], content][step])
+            for name, views in shown.items():
+                paths.record(name).write_bytes(views[step])
             warm.update()
             assert warm.update() == 0
             assert view(warm) == view(folded(paths))
@@ -258,24 +296,68 @@ def test_an_incremental_fold_equals_a_cold_one(files: list[list[JsonObject]], da
 # Disagreement
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1)])
-def test_outcomes_that_differ_are_reported_and_the_same_one_is_kept(paths: SweepPaths, order: tuple[int, ...]) -> None:
+payloads = st.dictionaries(
+    st.sampled_from(["value", "payload", ',"payload":', ',"seconds":1}', "{"]) | st.text(max_size=3),
+    st.none()
+    | st.floats(allow_nan=False)
+    | st.text(max_size=3)
+    | st.dictionaries(st.text(max_size=2), st.integers(0, 9)),
+    max_size=4,
+)
+
+
+@pytest.mark.parametrize(
+    "names", list(itertools.permutations(WRITERS)), ids=["".join(one) for one in itertools.permutations("abc")]
+)
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_fault_40_outcomes_that_differ_are_reported_and_the_same_one_is_kept(
+    paths: SweepPaths, order: tuple[int, ...], names: tuple[str, ...]
+) -> None:
     fold = Fold(paths, NUM)
     for which in order:
-        put(paths, WRITERS[which], done(0, [1.0, 2.0, 2.0][which]))
+        put(paths, names[which], done(0, [1.0, 2.0, 2.0][which]))
         fold.update()
     cold = folded(paths)
-    assert fold.payload(0) == cold.payload(0)
+    assert fold.outcome(0) == cold.outcome(0)
     assert fold.disagreements == cold.disagreements
     (found,) = cold.disagreements
+    hosts = [f"host-{name[0]}" for name in names]
     assert found.trial == 0
-    assert found.hosts in (("host-a", "host-b"), ("host-a", "host-c"))
+    assert found.hosts in (tuple(sorted((hosts[0], hosts[1]))), tuple(sorted((hosts[0], hosts[2]))))
+    # Whoever wrote it, and whichever was seen first: the payload with the smallest sha256 is kept.
+    assert fold.payload(0) == {"value": KEPT}
+
+
+KEPT = min(1.0, 2.0, key=lambda value: hashlib.sha256(canonical({"value": value})).digest())
 
 
 def test_equal_outcomes_of_two_writers_are_no_disagreement(paths: SweepPaths) -> None:
     put(paths, WRITERS[0], done(0, attempt=0))
     put(paths, WRITERS[1], done(0, attempt=1))
     assert folded(paths).disagreements == []
+
+
+def test_what_was_done_twice_alike_is_not_gone_through_again(
+    paths: SweepPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(paths, WRITERS[0], *map(done, range(NUM)), submission="a")
+    put(paths, WRITERS[1], *(done(i, attempt=1) for i in range(NUM)), *map(done, range(NUM)), submission="b")
+    monkeypatch.setattr(tables, "order", lambda _: pytest.fail("put in order"))
+    fold = folded(paths)
+    assert fold.disagreements == []
+    assert [one["submission"] for one in fold.authors(2)] == ["a", "b", "b"]
+
+
+@given(payloads, st.floats(0, 1e6), st.integers(0, 1))
+def test_the_payload_of_a_line_is_found_without_parsing_it(payload: JsonObject, seconds: float, attempt: int) -> None:
+    line = outcome(trial=0, attempt=attempt, status=Status.COMPLETE, payload=payload, seconds=seconds)
+    assert payload_text(checked(line)[:-1]) == orjson.dumps(payload)
+    turned: JsonObject = {name: line[name] for name in reversed(line)}
+    assert payload_text(checked(turned)[:-1]) == b""
+    nested: JsonObject = {"kind": "outcome", "seconds": seconds, "payload": {**payload, "seconds": seconds}}
+    assert payload_text(checked(nested)[:-1]) == b""
+    inner: JsonObject = {"payload": payload, "more": {"kind": 1, "payload": {}}, "seconds": seconds}
+    assert payload_text(checked(inner)[:-1]) == b""
 
 
 def test_a_trial_that_failed_and_then_completed_is_no_disagreement(paths: SweepPaths) -> None:
@@ -414,6 +496,22 @@ def test_an_attempt_that_ended_in_its_writers_next_file_is_charged_once(
     fold = folded(paths)
     assert fold.running() == {}
     assert fold.charges(0) == Counter({Cause.ERROR: 1})
+
+
+@pytest.mark.parametrize("copy", [WRITERS[1], "0" * 32])
+def test_a_copy_of_a_record_file_charges_nothing_twice(paths: SweepPaths, copy: str) -> None:
+    put(paths, WRITERS[0], *begun(0, 1), ended(0, Cause.SIGNAL))
+    charged = [folded(paths).charges(i) for i in range(2)]
+    paths.record(copy).write_bytes(paths.record(WRITERS[0]).read_bytes())
+    fold = folded(paths)
+    assert [fold.charges(i) for i in range(2)] == charged == [Counter({Cause.SIGNAL: 1}), Counter({Cause.UNKNOWN: 1})]
+    assert (fold.retries(), len(fold.running()[1])) == (Counter({Cause.SIGNAL: 1}), 1)
+
+
+def test_files_that_say_that_they_continue_each_other_have_an_end(paths: SweepPaths) -> None:
+    put(paths, WRITERS[0], continues=WRITERS[1])
+    put(paths, WRITERS[1], continues=WRITERS[0])
+    assert folded(paths).latest(WRITERS[0]) == WRITERS[1]
 
 
 def test_only_attempts_that_began_are_counted(paths: SweepPaths) -> None:

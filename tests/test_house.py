@@ -15,23 +15,51 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 HOUSE = [
     "errors wording signals",  # the tree of errors; texts; signals as data
     "paths store",  # every file name; durable files
-    "yaml12 space spec identity exact",  # the words of a sweep file; a process's identity; exact sums
-    "sweepfile signatures plan render sketch",  # pure: file text, plan, script text
-    "samples summary",  # pure: the monoid
-    "records claims fold objective models",  # outcomes, join, merge, what is kept
+    "yaml12 space spec identity vitals exact",  # the words of a sweep file; a process's identity; exact sums
+    "sweepfile signatures plan render sketch ranking tree",  # pure: file text, plan, script text
+    "reading limbs cells samples summary algebra wire",  # pure: the monoid, and those made of it
+    "records claims fold objective models effects curves resumption",  # outcomes, join, merge; what is kept
+    "reduction parts share",  # ranges of trials that reducers merge
     "code job slurm local ledger handover submit",  # the user's code; Slurm's commands, and only here; submissions
-    "channel source command requeue notices reducer",  # the running side, free of torch
-    "data settings dist checkpoint trial worker",  # the only rooms with torch
-    "forkserver children supervisor",  # what Slurm starts; workers are its children
+    "channel source command requeue notices reducer pace course budgets",  # the running side, free of torch
+    "data settings dist statetree checkpoint capture saver",  # the only rooms with torch, and those of the next row
+    "roll meeting replica agreement concord team rank keeper trial worker rendezvous ranks",
+    "forkserver children crew supervisor",  # what Slurm starts; workers are its children
     "intake sweep lab show watch running preview logs examples cli",  # what a person calls
     "__init__ __main__",
 ]
 ROW = {room: row for row, rooms in enumerate(HOUSE) for room in rooms.split()}
 
-TORCH = {"data", "settings", "dist", "checkpoint", "trial", "worker"}
+TORCH = {
+    "data",
+    "settings",
+    "dist",
+    "statetree",
+    "checkpoint",
+    "capture",
+    "saver",
+    "roll",
+    "meeting",
+    "replica",
+    "agreement",
+    "concord",
+    "team",
+    "rank",
+    "keeper",
+    "trial",
+    "worker",
+    "rendezvous",
+    "ranks",
+}
 HEAVY = {"torch", "numpy", "pandas", "pydantic", "jinja2", "optuna", "matplotlib", "sklearn", "submitit"}
 # These in turn, and what imports them at once, are imported inside functions only.
-ALLOWED: dict[str, set[str]] = {"sweepfile": {"pydantic"}, "samples": {"numpy"}, "intake": set()}
+ALLOWED: dict[str, set[str]] = {
+    "sweepfile": {"pydantic"},
+    "samples": {"numpy"},
+    "limbs": {"numpy"},
+    "cells": {"numpy"},
+    "intake": set(),
+}
 SLURM_CALLERS = {"slurm", "lab"}
 SLURM_COMMANDS = {"sbatch", "squeue", "scancel", "scontrol", "sacct", "sacctmgr", "sinfo", "srun"}
 

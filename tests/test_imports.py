@@ -26,6 +26,8 @@ READING = [
     ["best", "--top", "3", "--json"],
     ["summary"],
     ["summary", "--json"],
+    ["summary", "--by", "x", "--by", "x"],
+    ["summary", "--curve", "val_loss", "--by", "x", "--json"],
     ["logs", "0"],
 ]
 
@@ -77,4 +79,4 @@ def test_the_package_itself_imports_nothing() -> None:
 def test_every_public_name_can_be_had() -> None:
     code = "import orchestrator as orc; print([getattr(orc, name) for name in orc.__all__])"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.count("class") == 4
+    assert done.stdout.count("class") == 7

@@ -50,6 +50,14 @@ def test_nothing_below_the_bar_would_have_ranked(results: list[tuple[int, float]
     assert (podium.bar is None) == (len(results) < top)
 
 
+@pytest.mark.parametrize(("value", "bar"), [(0.1, 0.2), (0.3, 0.3)])
+def test_a_trial_has_one_place_on_the_podium(value: float, bar: float) -> None:
+    podium = Podium(Metric(), 2)
+    assert podium.add(3, 0.1, sha(3)) == podium.add(3, value, sha(3)) == podium.add(5, 0.2, sha(5)) == []
+    assert podium.bar == bar
+    assert podium.add(6, 0.0, sha(6)) == [({0.2: 5, 0.3: 3}[bar], sha({0.2: 5, 0.3: 3}[bar]))]
+
+
 @pytest.fixture
 def paths(tmp_path: Path) -> SweepPaths:
     found = SweepPaths(tmp_path)

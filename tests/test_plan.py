@@ -1,6 +1,7 @@
 """The plan: a function of the spec, trial by trial, in memory and on disk."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from subprocess import run
 
@@ -48,6 +49,15 @@ def test_a_spec_survives_json(spec: SweepSpec) -> None:
     assert SweepSpec.from_json(orjson.loads(orjson.dumps(spec.to_json()))) == spec
 
 
+@pytest.mark.parametrize(
+    "reduce", [Reduce(visibility_s=1.0), Reduce(trials_per_range=5), Reduce(fan_in=2), Reduce(ranks=4)], ids=str
+)
+def test_who_reduces_does_not_make_it_another_sweep(reduce: Reduce) -> None:
+    plan = SweepPlan(spec=random_spec(), code="c")
+    assert SweepPlan(spec=random_spec(reduce=reduce), code="c").id == plan.id
+    assert SweepPlan(spec=random_spec(reduce=replace(reduce, top=3)), code="c").id != plan.id
+
+
 def test_identity_leaves_out_slurm_and_nothing_else() -> None:
     plan = SweepPlan(spec=random_spec(), code="c")
     assert SweepPlan(spec=random_spec(slurm={"mem": "1G"}, reduce=Reduce(slurm={"mem": "1G"})), code="c").id == plan.id
@@ -56,6 +66,15 @@ def test_identity_leaves_out_slurm_and_nothing_else() -> None:
     assert len(ids) == 5
     assert plan.id not in ids
     assert plan.id.startswith("s-")
+
+
+def test_ranks_make_it_another_sweep_and_how_long_they_are_waited_for_does_not() -> None:
+    one, patient, four = (
+        SweepPlan(spec=random_spec(launch=launch), code="c").id
+        for launch in (Launch(), Launch(answer_s=5.0, silent_s=5.0), Launch(ranks_per_node=4))
+    )
+    assert one == patient
+    assert one != four
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 10**6))

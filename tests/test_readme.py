@@ -85,7 +85,8 @@ def keys() -> Iterator[str]:
     sections = {"": SweepSpec, "metric.": Metric, "launch.": Launch, "reduce.": Reduce}
     for prefix, section in sections.items():
         names = (field.name for field in dataclasses.fields(section))
-        yield from (prefix + name for name in names if name not in ("metric", "launch", "reduce"))
+        yield from (prefix + name for name in names if name not in ("metric", "launch", "reduce", "checkpoint"))
+    yield from ("checkpoint.every", "checkpoint.mtbf_s")
     yield from (field.name for field in dataclasses.fields(Retries))
     yield from DISTRIBUTIONS
 

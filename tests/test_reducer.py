@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import orjson
@@ -104,7 +105,7 @@ def test_it_waits_for_records_that_become_visible(paths: SweepPaths) -> None:
         if clock.now >= 5.0:
             put(paths, WRITERS[1], done(1), done(2), done(3))
 
-    assert reducer.reduce(paths, wait_s=90.0, sleep=sleep, clock=clock) == 0
+    assert reducer.reduce(paths, wait_s=90.0, sleep=sleep) == 0
     assert 5.0 <= clock.now < 90.0
 
 
@@ -115,7 +116,7 @@ def test_it_stops_waiting_at_its_limit(paths: SweepPaths) -> None:
         clock.now += seconds
 
     put(paths, WRITERS[0], done(0))
-    assert reducer.reduce(paths, wait_s=90.0, sleep=sleep, clock=clock) == 4
+    assert reducer.reduce(paths, wait_s=90.0, sleep=sleep) == 4
     assert clock.now == 90.0
 
 
@@ -177,16 +178,31 @@ def test_a_summary_is_current_only_while_it_says_what_the_records_say(paths: Swe
     assert not reducer.is_reduced(paths, plan, fold)
 
 
-def test_what_killed_writers_left_goes_when_nothing_is_alive(paths: SweepPaths) -> None:
+def test_what_killed_writers_left_goes_when_nothing_is_alive_or_it_is_old(paths: SweepPaths) -> None:
     left = [paths.root / ".summary.json.0123456789ab", paths.models / ".1-ab.safetensors.0123456789ab"]
     stay = [paths.root / ".submit.lock", paths.root / ".summary.json.ba9876543210", paths.models / "1-ab.safetensors"]
     for path in (*left, *stay):
         path.touch()
-    os.utime(left[0], (0, 0))
     reducer.reduce(paths, wait_s=0.0, alone=False)
     assert all(path.exists() for path in left)
+    os.utime(left[0], (0, 0))
+    os.utime(stay[0], (0, 0))
+    reducer.reduce(paths, wait_s=0.0, alone=False)
+    assert [path.exists() for path in left] == [False, True]
     reducer.reduce(paths, wait_s=0.0, alone=True)
     assert [path.exists() for path in (*left, *stay)] == [False, False, True, True, True]
+
+
+def test_what_killed_readers_and_ranks_left_goes_once_it_is_old(paths: SweepPaths) -> None:
+    cache, meeting = paths.root / ".fold.cache.0123456789ab", paths.rendezvous("7-0-1")
+    meeting.mkdir()
+    (meeting / "meet-0123456789abcdef").touch()
+    cache.touch()
+    for age_s, left in ((0, [True, True]), (300, [False, True]), (7200, [False, False])):
+        for path in filter(Path.exists, (cache, meeting)):
+            os.utime(path, (time.time() - age_s,) * 2)
+        reducer.reduce(paths, wait_s=0.0, alone=False)
+        assert [cache.exists(), meeting.exists()] == left
 
 
 def test_checkpoints_of_trials_with_an_outcome_go_and_those_of_others_stay(paths: SweepPaths) -> None:
@@ -196,6 +212,13 @@ def test_checkpoints_of_trials_with_an_outcome_go_and_those_of_others_stay(paths
     (paths.checkpoints / "notes").mkdir()
     reducer.reduce(paths, wait_s=0.0, alone=False)
     assert names(paths.checkpoints) == ["1", "notes"]
+
+
+def test_folders_that_were_removed_by_hand_hold_nothing_up(paths: SweepPaths) -> None:
+    put(paths, WRITERS[0], *map(done, range(NUM)))
+    for folder in (paths.checkpoints, paths.models, paths.claims):
+        folder.rmdir()
+    assert reduced(paths)[0] == 0
 
 
 def test_a_full_disk_keeps_the_old_summary(paths: SweepPaths) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import UsageError
 from orchestrator.render import (
     OWNED,
+    LevelRequest,
     ReducerRequest,
     WorkersRequest,
     arrays,
@@ -75,6 +76,12 @@ def reducer(of: SweepSpec) -> ReducerRequest:
     )
 
 
+def level(of: SweepSpec, number: int) -> LevelRequest:
+    """Level `number` of a tree over 40 ranges, of which 20 are merged at a time."""
+    root = replace(reducer(of), num_ranges=40)
+    return LevelRequest.of(root, level=number, num_reducers=(40, 2)[number])
+
+
 def directives(script: str) -> list[str]:
     return [line for line in script.splitlines() if line.startswith("#SBATCH ")]
 
@@ -88,12 +95,17 @@ def example(name: str) -> str:
     of = spec(
         Launch(form="trap", throttle=20, cpus=2, modules=("gcc/12",), setup=setup), slurm=slurm, env={"TZ": "UTC"}
     )
+    reduce = Reduce(slurm={"time": "00:10:00"}, fan_in=20)
     if name == "reducer":
-        return render_reducer(reducer(replace(of, reduce=Reduce(slurm={"time": "00:10:00"}))))
+        return render_reducer(reducer(replace(of, reduce=reduce)))
+    if name == "reducer-level":
+        return render_reducer(level(replace(of, reduce=reduce), 0))
+    if name == "reducer-ranks":
+        return render_reducer(reducer(replace(of, reduce=replace(reduce, ranks=8))))
     return render_workers(workers(replace(of, launch=replace(of.launch, form=name))))
 
 
-@pytest.mark.parametrize("name", [*FORMS, "reducer"])
+@pytest.mark.parametrize("name", [*FORMS, "reducer", "reducer-level", "reducer-ranks"])
 def test_the_rendered_examples_are_current(name: str) -> None:
     path = EXAMPLES / f"{name}.sh"
     if os.environ.get("ORC_UPDATE"):
@@ -104,6 +116,34 @@ def test_the_rendered_examples_are_current(name: str) -> None:
 def test_auto_is_srun() -> None:
     assert form_of(Launch()) == "srun"
     assert render_workers(workers(spec())) == render_workers(workers(spec(Launch(form="srun"))))
+
+
+def command(script: str) -> str:
+    return script.splitlines()[-1]
+
+
+def test_a_reducer_of_a_tree_is_told_the_tree_and_its_place() -> None:
+    of = spec(reduce=Reduce(fan_in=20, slurm={"time": "5"}))
+    root, lower = render_reducer(replace(reducer(of), num_ranges=40)), render_reducer(level(of, 1))
+    assert command(root).endswith(" --ranges 40 --fan-in 20")
+    assert command(lower).endswith(' --ranges 40 --fan-in 20 --level 1 --number "$SLURM_ARRAY_TASK_ID"')
+    assert "#SBATCH --array=0-1" in directives(lower)
+    assert f"#SBATCH --output={reducer(of).root}/logs/reduce-1-%A_%a.log" in directives(lower)
+    assert all("#SBATCH --time=5" in directives(script) for script in (root, lower))
+    assert [line for line in directives(root) if "array" in line] == []
+
+
+def test_the_jobs_of_a_tree_have_names_of_their_own() -> None:
+    requests = [workers(spec()), reducer(spec()), level(spec(), 0), level(spec(), 1)]
+    assert len({request.job_name for request in requests}) == len(requests)
+
+
+def test_ranks_are_the_tasks_of_one_step_with_the_processors_that_the_job_has() -> None:
+    script = render_reducer(reducer(spec(reduce=Reduce(ranks=4, slurm={"cpus-per-task": 2}))))
+    assert "#SBATCH --ntasks=4" in directives(script)
+    assert "#SBATCH --cpus-per-task=2" in directives(script)
+    assert command(script).startswith("exec srun --ntasks=4 --cpus-per-task=2 --kill-on-bad-exit=1 --export=ALL ")
+    assert " -P -m orchestrator.ranks --dir " in command(script)
 
 
 @given(st.integers(0, 5000), st.integers(2, 1500))
@@ -164,6 +204,13 @@ def test_a_worker_may_have_more_cpus_than_a_trial_has_threads() -> None:
     assert "srun --nodes=1 --ntasks=1 --cpus-per-task=6 " in script
     assert "OMP_NUM_THREADS=2" in script
     assert "#SBATCH --cpus-per-task=1" in directives(render_reducer(reducer(of)))
+
+
+def test_a_worker_has_processors_for_all_ranks_of_its_trial() -> None:
+    script = render_workers(workers(spec(Launch(form="srun", cpus=2, ranks_per_node=4))))
+    assert [line for line in directives(script) if "cpus" in line] == ["#SBATCH --cpus-per-task=8"]
+    assert "srun --nodes=1 --ntasks=1 --cpus-per-task=8 " in script
+    assert "OMP_NUM_THREADS=2" in script, "of each rank"
 
 
 def test_a_percent_sign_of_the_folder_is_no_pattern() -> None:
@@ -459,7 +506,7 @@ def test_a_worker_that_can_t_listen_yet_is_not_killed_by_its_notice(form: str, b
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_notice_during_the_prologue_waits_for_the_worker(form: str, bench: Bench) -> None:
+def test_fault_42_a_notice_during_the_prologue_waits_for_the_worker(form: str, bench: Bench) -> None:
     setup = "touch ready\nuntil [ -e go ]; do sleep 0.01; done\nrm ready go\nset -eu\ntrap - TERM"
     with bench.run(form, setup=setup) as process:
         wait_for((bench.root / "tmp" / "ready").exists)
@@ -472,7 +519,7 @@ def test_a_notice_during_the_prologue_waits_for_the_worker(form: str, bench: Ben
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_prologue_s_command_that_the_notice_ends_is_no_failure(form: str, bench: Bench) -> None:
+def test_fault_42_a_prologue_s_command_that_the_notice_ends_is_no_failure(form: str, bench: Bench) -> None:
     with bench.run(form, setup="echo $$ > ready\nsleep 15\nrm ready") as process:
         wait_for(lambda: (bench.root / "tmp" / "ready").exists() and children(process.pid))
         os.killpg(process.pid, signal.SIGTERM)

@@ -116,7 +116,7 @@ def test_a_live_holder_keeps_its_block(house: House) -> None:
         assert source.next() == []
 
 
-def test_a_silent_holder_loses_what_it_has_not_finished(house: House) -> None:
+def test_fault_22_a_silent_holder_loses_what_it_has_not_finished(house: House) -> None:
     house.lost(0)
     source = house.source(house.writer(), 1)
     assert trials(source.next()) == [3, 4, 5]

@@ -107,7 +107,7 @@ def test_a_source_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Pat
     assert names(tmp_path) == ["file"]
 
 
-def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path) -> None:
+def test_fault_18_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path) -> None:
     path = tmp_path / "file"
     store.write(path, b"old")
     with no_room_after(1000), pytest.raises(OrcError, match=re.escape(str(path))):
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
-def test_a_full_disk_creates_nothing(tmp_path: Path) -> None:
+def test_fault_18_a_full_disk_creates_nothing(tmp_path: Path) -> None:
     with no_room_after(1000), pytest.raises(OrcError, match=re.escape(str(tmp_path / "file"))):
         store.create(tmp_path / "file", b"new" * 1000)
     assert names(tmp_path) == []
@@ -196,7 +196,7 @@ def calls_on(folder: Path, log: str) -> list[tuple[str, int]]:
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 @pytest.mark.parametrize("act", [WRITE, CREATE, APPEND])
-def test_a_kill_at_any_system_call_leaves_old_or_new(tmp_path: Path, act: str) -> None:
+def test_fault_16_a_kill_at_any_system_call_leaves_old_or_new(tmp_path: Path, act: str) -> None:
     path = tmp_path / "folder" / "file"
     path.parent.mkdir()
     points = calls_on(path.parent, traced(path, act).stderr)

@@ -17,7 +17,7 @@ from orchestrator.errors import FolderError, OrcError, SbatchRejected, SlurmUnre
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile, SweepPlan
 from orchestrator.slurm import Patience
-from orchestrator.spec import Launch, SweepSpec
+from orchestrator.spec import Launch, Reduce, SweepSpec
 
 QUICK = Patience(timeout_s=20, tries=2, pause_s=0.01)
 SNAPSHOT = Snapshot(files=(SnapshotFile(path="train.py", executable=False, content=b"pass\n"),), program="train.py")
@@ -106,7 +106,9 @@ def test_a_folder_of_another_schema_is_refused(paths: SweepPaths, plan: SweepPla
         submit.prepare(plan, SNAPSHOT, b"", paths.root.parent)
 
 
-def test_a_folder_that_anyone_may_write_is_not_executed(fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan) -> None:
+def test_fault_30_a_folder_that_anyone_may_write_is_not_executed(
+    fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan
+) -> None:
     paths.code.chmod(0o777)
     with pytest.raises(FolderError, match="anyone may write it"):
         submit.submit(paths, plan)
@@ -114,7 +116,7 @@ def test_a_folder_that_anyone_may_write_is_not_executed(fake: FakeSlurm, paths: 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file away")
-def test_a_folder_of_a_third_user_is_not_executed(fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan) -> None:
+def test_fault_30_a_folder_of_a_third_user_is_not_executed(fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan) -> None:
     os.chown(paths.plan, 12345, -1)
     with pytest.raises(FolderError, match="belongs to another user"):
         submit.submit(paths, plan)
@@ -204,7 +206,7 @@ def test_without_slurm_nothing_is_begun(
     assert submit.live(paths) == []
 
 
-def test_a_silent_controller_leaves_a_submission_to_complete(
+def test_fault_14_a_silent_controller_leaves_a_submission_to_complete(
     fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan
 ) -> None:
     fake.will("sbatch", "ok", "lost")
@@ -277,7 +279,7 @@ def test_a_check_asks_about_every_script_and_writes_nothing(fake: FakeSlurm, pla
     assert not paths.root.parent.exists()
 
 
-def test_hostile_folders_and_options_reach_sbatch_as_text(fake: FakeSlurm, tmp_path: Path) -> None:
+def test_fault_28_hostile_folders_and_options_reach_sbatch_as_text(fake: FakeSlurm, tmp_path: Path) -> None:
     plan = plan_of(slurm={"comment-like": 'a "b" $(touch x)'}, env={"A": "'; touch x; $(touch x)"})
     paths = submit.prepare(plan, SNAPSHOT, b"", tmp_path / "it's $(touch x) 100%")
     submit.submit(paths, plan)
@@ -288,7 +290,7 @@ def test_hostile_folders_and_options_reach_sbatch_as_text(fake: FakeSlurm, tmp_p
 # Afterwards
 
 
-def test_only_jobs_that_match_what_was_written_down_are_live(
+def test_fault_39_only_jobs_that_match_what_was_written_down_are_live(
     fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan
 ) -> None:
     submit.submit(paths, plan)
@@ -371,6 +373,126 @@ def test_with_no_trial_missing_only_a_reducer_is_resumed(fake: FakeSlurm, paths:
     assert [part.what for part in submission.parts] == ["reducer"]
     intents = [json.loads(line) for line in paths.submissions.read_text().splitlines()]
     assert [line["retry_failed"] for line in intents if line["kind"] == "intent"] == [False, False, True]
+
+
+# A tree of reducers
+
+TREE = Reduce(trials_per_range=5, fan_in=2)
+"""Four ranges of the 20 trials, two reducers that merge them, and the root."""
+PARTS = ("workers-0", "reduce-0", "reduce-1", "reducer")
+
+
+def whats(fake: FakeSlurm) -> list[tuple[str, object]]:
+    return [(str(job["comment"]).rpartition(":")[2], job["tasks"]) for job in fake.jobs]
+
+
+def test_a_tree_of_reducers_is_one_more_array_a_level_each_after_those_before_it(
+    fake: FakeSlurm, paths: SweepPaths
+) -> None:
+    receipt = submit.submit(paths, plan_of(reduce=TREE))
+    assert fake.commands.count("sbatch") == 4
+    assert whats(fake) == [("workers-0", 10), ("reduce-0", 4), ("reduce-1", 2), ("reducer", 0)]
+    after = [[word for word in argv if word.startswith("--dependency")] for argv in fake.argv("sbatch")]
+    assert after == [
+        [],
+        ["--dependency=afterany:101"],
+        ["--dependency=afterany:101:102"],
+        ["--dependency=afterany:101:102:103"],
+    ]
+    assert receipt.submission.num_workers == 10
+    assert receipt.notes == ()
+    assert submit.submit(paths, plan_of(reduce=TREE)).already
+
+
+@pytest.mark.parametrize("when", ["kill-before", "kill-after"])
+@pytest.mark.parametrize("part", [1, 2, 3])
+def test_a_tree_whose_submission_was_killed_is_completed_not_repeated(
+    fake: FakeSlurm, tmp_path: Path, when: str, part: int
+) -> None:
+    plan = plan_of(reduce=TREE)
+    paths = submit.prepare(plan, SNAPSHOT, b"", tmp_path / "trees")
+    fake.will("sbatch", *["ok"] * part, when)
+    assert submit_in_a_process(paths) == -signal.SIGKILL
+    done = submit.submit(paths, plan).submission
+    assert done.is_complete
+    assert [what for what, _ in whats(fake)] == list(PARTS)
+    assert len({part.job for part in done.parts}) == 4
+
+
+def test_workers_shrink_by_the_elements_of_all_reducers(fake: FakeSlurm, paths: SweepPaths) -> None:
+    fake.set("limit", "12")
+    fake.will("sacctmgr", "say 12|normal\\n", "say normal|\\n")
+    receipt = submit.submit(paths, plan_of(reduce=TREE))
+    assert whats(fake) == [("workers-0", 5), ("reduce-0", 4), ("reduce-1", 2), ("reducer", 0)]
+    assert len(receipt.notes) == 1
+
+
+@pytest.mark.parametrize(("limit", "workers"), [(19, [4, 4, 2]), (15, [4, 4]), (10, [3])])
+def test_several_arrays_of_workers_shrink_from_the_end(
+    fake: FakeSlurm, paths: SweepPaths, limit: int, workers: list[int]
+) -> None:
+    fake.set("config", "MaxArraySize = 4\n")
+    fake.set("limit", str(limit))
+    fake.will("sacctmgr", f"say {limit}|normal\\n", "say normal|\\n")
+    submit.submit(paths, plan_of(reduce=TREE))
+    assert [tasks for _, tasks in whats(fake)] == [*workers, 4, 2, 0]
+
+
+def test_with_no_room_for_a_tree_the_root_reduces_alone(fake: FakeSlurm, paths: SweepPaths) -> None:
+    fake.set("limit", "6")
+    fake.will("sacctmgr", "say 6|normal\\n", "say normal|\\n")
+    receipt = submit.submit(paths, plan_of(reduce=TREE))
+    assert whats(fake) == [("workers-0", 5), ("reducer", 0)]
+    assert "--ranges" not in paths.script("reducer").read_text()
+    assert [note for note in receipt.notes if "fewer reducers" in note] != []
+    assert submit.submit(paths, plan_of(reduce=TREE)).already
+
+
+def test_a_level_that_finds_no_room_is_left_out_and_the_root_knows_the_ranges(
+    fake: FakeSlurm, paths: SweepPaths
+) -> None:
+    fake.will("sbatch", "ok", "ok", "reject QOSMaxSubmitJobPerUserLimit")
+    submit.submit(paths, plan_of(reduce=TREE))
+    assert whats(fake) == [("workers-0", 10), ("reduce-0", 4), ("reducer", 0)]
+    assert "--ranges 4 --fan-in 2\n" in paths.script("reducer").read_text()
+
+
+def test_a_level_that_is_refused_for_good_says_that_the_workers_are_there(fake: FakeSlurm, paths: SweepPaths) -> None:
+    fake.will("sbatch", "ok", "reject invalid partition specified: nowhere")
+    with pytest.raises(SbatchRejected, match=r"nowhere(.|\n)*workers are submitted \(job 101\)(.|\n)*same command"):
+        submit.submit(paths, plan_of(reduce=TREE))
+    submit.submit(paths, plan_of(reduce=TREE))
+    assert [what for what, _ in whats(fake)] == list(PARTS)
+
+
+def test_a_resumption_with_no_trial_missing_submits_the_whole_tree(fake: FakeSlurm, paths: SweepPaths) -> None:
+    submit.submit(paths, plan_of(reduce=TREE))
+    fake.jobs = []
+    submission = submit.resubmit(paths, plan_of(reduce=TREE), missing=0).submission
+    assert submission is not None
+    assert [part.what for part in submission.parts] == ["reduce-0", "reduce-1", "reducer"]
+    assert submission.num_workers == 0
+
+
+def test_a_cancel_ends_every_level(fake: FakeSlurm, paths: SweepPaths) -> None:
+    submission = submit.submit(paths, plan_of(reduce=TREE)).submission
+    assert submission is not None
+    assert list(dict.fromkeys(job.what for job in submit.cancel(paths))) == list(PARTS)
+    assert {part.job for part in submission.parts} <= set(fake.argv("scancel")[-1])
+
+
+def test_several_ranks_are_one_job_and_no_tree(fake: FakeSlurm, paths: SweepPaths) -> None:
+    submit.submit(paths, plan_of(reduce=replace(TREE, ranks=4)))
+    assert whats(fake) == [("workers-0", 10), ("reducer", 0)]
+    script = paths.script("reducer").read_text()
+    assert "#SBATCH --ntasks=4\n" in script
+    assert "srun --ntasks=4 " in script
+
+
+def test_a_level_has_no_more_elements_than_an_array_may_have(fake: FakeSlurm, paths: SweepPaths) -> None:
+    fake.set("config", "MaxArraySize = 3\n")
+    submit.submit(paths, plan_of(reduce=Reduce(trials_per_range=1, fan_in=2)), workers=2)
+    assert whats(fake) == [("workers-0", 2), ("reduce-0", 3), ("reduce-1", 2), ("reducer", 0)]
 
 
 # This machine

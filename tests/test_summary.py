@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -318,6 +319,40 @@ def test_an_empty_summary_has_no_numbers() -> None:
     assert (found.count, found.sum, found.diverged, found.failed, found.pruned) == (0, 0.0, 0, 2, 3)
     assert set(found.quantiles.values()) == {None}
     assert found.top == found.bottom == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "is_taken"),
+    [
+        (1.5, True),
+        (True, True),
+        (2**1023, True),
+        (np.float32(0.1), True),
+        (Fraction(1, 3), True),
+        ([1.0, 2.0], True),
+        ("1.5", False),
+        (None, False),
+        (1j, False),
+        (10**400, False),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_what_few_samples_may_be_many_may_be_too(value: Any, kind: Any, *, is_taken: bool) -> None:
+    for num in (2, 20):
+        if is_taken:
+            ones = [Summary.of(one, key=i) for i, one in enumerate(np.ravel([value] * num).tolist())]
+            assert Summary.of_samples(kind([value] * num)) == Summary.merge_all(ones)
+        else:
+            with pytest.raises(TypeError, match="real numbers"):
+                Summary.of_samples(kind([value] * num))
+
+
+@pytest.mark.parametrize("key", ["1", 1.0, None])
+def test_what_is_no_key_of_few_is_none_of_many(key: Any) -> None:
+    for num in (2, 20):
+        with pytest.raises((TypeError, ValueError), match="keys must be"):
+            Summary.of_samples([1.0] * num, keys=[key] * num)
 
 
 def test_a_sum_beyond_float64_is_told_in_digits_while_the_mean_is_a_number() -> None:

@@ -18,7 +18,8 @@ from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause, Status
 from orchestrator.spec import Retries
 
-DIES_THIRD = f"[ $ORC_TRIAL = 2 ] && kill -SEGV $$; {HALF}"
+READS_NOTHING = f"exec {sys.executable} -c 'import ctypes; ctypes.string_at(0)'"
+DIES_THIRD = f"[ $ORC_TRIAL = 2 ] && {READS_NOTHING}; {HALF}"
 MIXED = f"""
 case $((ORC_TRIAL % 10)) in
   3) exit 1 ;;
@@ -85,7 +86,7 @@ def test_whoever_sees_the_last_outcome_writes_the_summary(tmp_path: Path) -> Non
     assert summary(paths) == written
 
 
-def test_a_trial_that_segfaults_every_time_costs_the_others_nothing(tmp_path: Path) -> None:
+def test_fault_37_a_trial_that_segfaults_every_time_costs_the_others_nothing(tmp_path: Path) -> None:
     paths = make(tmp_path, DIES_THIRD, trials=10, trials_per_task=10)
     assert run(paths)[0] == 0
     assert counts(paths) == {"complete": 9, "failed": 1}
@@ -104,7 +105,7 @@ def test_a_trial_that_segfaults_every_time_costs_the_others_nothing(tmp_path: Pa
         ("/no/such/program", "left with exit code 127"),
     ],
 )
-def test_a_trial_without_a_result_failed_and_says_why(tmp_path: Path, script: str, text: str) -> None:
+def test_fault_34_a_trial_without_a_result_failed_and_says_why(tmp_path: Path, script: str, text: str) -> None:
     paths = make(tmp_path, script, trials=1)
     assert run(paths)[0] == 0
     assert text in failure(paths, 0)
@@ -255,12 +256,12 @@ def kill_while_it_runs(paths: SweepPaths, **options: object) -> None:
     let_go(paths)
 
 
-def test_a_killed_supervisor_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_fault_10_a_killed_supervisor_leaves_no_process_behind(tmp_path: Path) -> None:
     paths = make(tmp_path, f"sleep 60 & trap '' TERM HUP; {WAITS}", trials=2)
     kill_while_it_runs(paths)  # it waits until there is none
 
 
-def test_a_worker_that_dies_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_fault_10_a_worker_that_dies_leaves_no_process_behind(tmp_path: Path) -> None:
     """The program kills its parent, the worker; what it started itself must not stay either."""
     script = (
         f'[ $ORC_TRIAL = 0 ] && {{ sleep 60 & kill -KILL $PPID; sleep 60; }}; touch "$ORC_SWEEP/logs/next"; {WAITS}'
@@ -301,7 +302,7 @@ def test_another_job_leaves_a_claim_alone_until_its_lease_is_over(tmp_path: Path
     assert counts(paths) == {"complete": 2, "missing": 2}
 
 
-def test_a_worker_takes_over_after_the_lease(tmp_path: Path) -> None:
+def test_fault_22_a_worker_takes_over_after_the_lease(tmp_path: Path) -> None:
     script = f"[ $ORC_TRIAL -gt 1 ] && sleep 0.4; {WAITS}"
     paths = make(tmp_path, script, trials=6, trials_per_task=2, lease_s=0.6)
     kill_while_it_runs(paths)
@@ -349,7 +350,7 @@ def test_two_workers_that_die_at_once_cost_their_trials_alone(tmp_path: Path) ->
     assert counts(paths) == {"complete": 4}
 
 
-def test_a_cancelled_submission_starts_nothing(tmp_path: Path) -> None:
+def test_fault_05_a_cancelled_submission_starts_nothing(tmp_path: Path) -> None:
     paths = make(tmp_path)
     paths.cancelled.write_text("0")
     assert run(paths)[0] == 75
@@ -393,7 +394,7 @@ def test_a_program_has_time_to_save_after_a_notice(tmp_path: Path) -> None:
     assert (paths.logs / "found").read_text() == "saved\n"
 
 
-def test_a_program_that_ignores_the_notice_is_killed(tmp_path: Path) -> None:
+def test_fault_10_a_program_that_ignores_the_notice_is_killed(tmp_path: Path) -> None:
     paths = make(tmp_path, f"trap '' TERM; {WAITS}", trials=1)
     with started(paths) as process:
         began(paths, 0)
@@ -501,7 +502,9 @@ def noticed(paths: SweepPaths, process: subprocess.Popen[str], number: int = 1) 
 STUBBORN = f"trap '' TERM; {WAITS}"
 
 
-def test_a_preempted_job_finishes_what_runs_and_is_requeued_once(tmp_path: Path, controller: Controller) -> None:
+def test_fault_02_a_preempted_job_finishes_what_runs_and_is_requeued_once(
+    tmp_path: Path, controller: Controller
+) -> None:
     controller.after_requeue("PENDING")
     controller.say("RUNNING", preempted=True)
     paths = make(tmp_path, STUBBORN, trials=2)
@@ -515,7 +518,7 @@ def test_a_preempted_job_finishes_what_runs_and_is_requeued_once(tmp_path: Path,
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_job_that_is_cancelled_while_it_finishes_is_not_requeued(
+def test_fault_36_a_job_that_is_cancelled_while_it_finishes_is_not_requeued(
     tmp_path: Path, controller: Controller, told: bool
 ) -> None:
     controller.say("RUNNING", preempted=True)
@@ -613,7 +616,7 @@ def test_workers_side_by_side_run_every_trial_once(tmp_path: Path) -> None:
     assert len(sweeps.names(paths.records)) == 3
 
 
-def test_the_same_trial_run_twice_at_once_counts_once(tmp_path: Path) -> None:
+def test_fault_15_the_same_trial_run_twice_at_once_counts_once(tmp_path: Path) -> None:
     paths = make(tmp_path, WAITS, trials=1)
     superseded(paths, "b" * 32, TOKEN)  # wrongly: the first one is alive
     with started(paths) as one:
@@ -665,7 +668,7 @@ HOSTILE = [
 ]
 
 
-def test_hostile_values_are_carried_literally(tmp_path: Path) -> None:
+def test_fault_28_hostile_values_are_carried_literally(tmp_path: Path) -> None:
     found = "[sys.argv, json.load(open(os.environ['ORC_PARAMS']))]"
     copy = f"import json, os, sys; json.dump({found}, open(sys.argv[1], 'a')); "
     report = "open(os.environ['ORC_REPORT'], 'a').write('{\"val_loss\": 1}')"
@@ -722,7 +725,9 @@ def small_disk(tmp_path: Path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_work_by_name_and_it_goes_on_when_there_is_room(small_disk: Path, tmp_path: Path) -> None:
+def test_fault_18_a_full_disk_ends_the_work_by_name_and_it_goes_on_when_there_is_room(
+    small_disk: Path, tmp_path: Path
+) -> None:
     paths = make(small_disk, HALF, trials=30, trials_per_task=3)
     fill = small_disk / "fill"
     with fill.open("wb", buffering=0) as file, suppress(OSError):

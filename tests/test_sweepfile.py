@@ -236,6 +236,8 @@ def test_any_value_anywhere_gives_messages_at_most(value: object) -> None:
         (GRID.replace("program: train.py\n", ""), "1:1: neither program nor command is given, expected one of them"),
         (GRID + "command: [python, x.py]\n", "5:1: command: command and program are both given, expected one of them, or ${program} in command"),
         (GRID + "command: ['${program}', '${arg}']\n", "5:25: command[1]: unknown macro ${arg}; did you mean '${args}'?"),
+        (GRID + "command: [x, '${program}']\nlaunch: {ranks_per_node: 4}\n", "6:26: launch.ranks_per_node: found 4, expected 1 with a command, which starts ranks of its own, such as by torchrun; launch.cpus says how many threads it has in all"),
+        (GRID + "launch: {ranks_per_node: 0}\n", "5:26: launch.ranks_per_node: found the number 0, expected at least 1"),
         (GRID + "command: ['${program}', 5]\n", "5:25: command[1]: found the number 5, expected a string; quote it: '5'"),
         (GRID + "env: {A: 5}\n", "5:10: env.A: found the number 5, expected a string; quote it: '5'"),
         (GRID + "env: {A B: x}\n", "5:7: env.A B: not a variable's name, expected letters, digits and _, not beginning with a digit"),

@@ -206,6 +206,54 @@ def test_validation_leaves_training_as_it_was() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_the_whole_summary_of_the_last_validation_can_be_had() -> None:
+    found = trial()
+    found.build(build)
+    assert found.summaries == {}
+    found.validate(losses, (X[:5], Y[:5]), prefix="few_")
+    found.report(val_loss=0.0)  # the objective, which is not validated here
+    found.validate(losses, (X, Y), batch_size=8)
+    means = found.validate(losses, (X, Y), batch_size=8)
+    with torch.no_grad():
+        values = torch.cat([losses(found.net.eval(), (X[i : i + 8], Y[i : i + 8]))["loss"] for i in (0, 8, 16)])
+    assert found.summaries["val_loss"] == orc.Summary.of_samples(values)
+    assert found.summaries["val_loss"].compute().mean == means["val_loss"]
+    assert {name: one.count for name, one in found.summaries.items()} == {
+        "few_loss": 5,
+        "few_far": 5,
+        "val_loss": 20,
+        "val_far": 20,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "num", "text"),
+    [
+        (lambda v: v.mean(), 20, "val_loss: losses must give one value a sample: expected 20, found 3"),
+        (lambda v: v[1:], 20, "expected 20, found 17"),
+        (lambda v: v.repeat(2, 1), 20, "expected 20, found 40"),
+        (lambda v: v, 0, "there is nothing to validate: expected at least 1 sample, found a data set of 0"),
+    ],
+)
+def test_a_validation_that_misses_samples_is_an_error(values: Any, num: int, text: str) -> None:
+    found = trial()
+    found.build(build)
+    with pytest.raises(ValueError, match=text):
+        found.validate(lambda net, batch: values(losses(net, batch)["loss"]), (X[:num], Y[:num]), batch_size=8)
+    assert reports(found) == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_validation_that_changes_its_batches_leaves_the_samples_alone(form: Any) -> None:
+    def changing(net: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return batch[0].zero_().sum(1)  # type: ignore[no-any-return]
+
+    found, before = trial(), X.clone()
+    found.build(build)
+    found.validate(changing, form, batch_size=8)
+    assert torch.equal(X, before)
+
+
 def test_one_sample_that_is_nan_makes_the_trial_diverge() -> None:
     found, x = trial(), X.clone()
     x[3] = math.nan

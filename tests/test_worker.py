@@ -32,6 +32,8 @@ from orchestrator.settings import Settings
 from orchestrator.store import JsonObject
 from orchestrator.worker import Worker
 
+WRITER = "e" * 32
+
 
 @pytest.fixture(autouse=True)
 def process_as_before() -> Iterator[None]:
@@ -66,8 +68,16 @@ def answers(paths: SweepPaths, train: Callable[..., object], *messages: JsonObje
             return [orjson.loads(line) for line in file]
 
 
-def message(index: int = 0, seed: int = 5, bar: float | None = None, **params: Any) -> JsonObject:
-    return {"index": index, "trial": f"{index}-abc", "params": params, "seed": seed, "attempt": 0, "bar": bar}
+def message(index: int = 0, seed: int = 5, bar: float | None = None, attempt: int = 0, **params: Any) -> JsonObject:
+    return {
+        "index": index,
+        "trial": f"{index}-abc",
+        "params": params,
+        "seed": seed,
+        "attempt": attempt,
+        "bar": bar,
+        "writer": WRITER,
+    }
 
 
 def outcomes(found: list[Any]) -> list[Any]:
@@ -241,7 +251,7 @@ def test_a_notice_that_came_first_is_known_to_the_trial(paths: SweepPaths) -> No
     def job(trial: orc.Trial) -> float:
         return float(trial.should_stop)
 
-    (found,) = outcomes(answers(paths, job, message(), {"notice": True}))
+    (found,) = outcomes(answers(paths, job, message(), {"notice": "save"}))
     assert found["payload"]["value"] == 1.0
 
 

@@ -9,18 +9,20 @@ from collections.abc import Iterator
 from typing import cast
 
 from orchestrator.space import ENUMERABLE, NAME, faults, infer, same
+from orchestrator.spec import Interval
 from orchestrator.store import Json, JsonObject
 from orchestrator.sweepfile.sheet import Sheet, parameter_paths
 from orchestrator.sweepfile.yaml12 import Path
 from orchestrator.wording import describe, did_you_mean, nearest
 
-__all__ = ["CHECKS", "MAX_TRIALS", "PROGRAM", "SWEEP_NAME"]
+__all__ = ["CHECKS", "EVERY", "MAX_TRIALS", "PROGRAM", "SWEEP_NAME"]
 
 MAX_TRIALS = 10_000_000
 """More than this is taken for a mistake: a grid with one parameter too many."""
 
 SWEEP_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
 PROGRAM = r"[^:\0\n]+\.py(:[^\W\d]\w*)?|[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*"
+EVERY = r"auto|off|epoch|[0-9]+(\.[0-9]+)? ?[smh]|[0-9]+ ?(steps?|epochs?)"
 _MACROS = (
     "env",
     "interpreter",
@@ -213,5 +215,38 @@ def _check_launch(sheet: Sheet) -> None:
             sheet.blame(("launch", key), f"found {describe(value)}, expected a name or path")
 
 
-CHECKS = (_check_name, _check_program, _check_parameters, _check_size, _check_zip, _check_env, _check_launch)
+def _check_ranks(sheet: Sheet) -> None:
+    launch = sheet.tree.get("launch")
+    ranks = launch.get("ranks_per_node") if isinstance(launch, dict) else None
+    if sheet.tree.get("command") is not None and isinstance(ranks, int) and ranks > 1:
+        sheet.blame(
+            ("launch", "ranks_per_node"),
+            f"found {ranks}, expected 1 with a command, which starts ranks of its own, such as by torchrun; "
+            "launch.cpus says how many threads it has in all",
+        )
+
+
+def _check_checkpoint(sheet: Sheet) -> None:
+    section = sheet.tree.get("checkpoint")
+    every = section.get("every") if isinstance(section, dict) else None
+    if not isinstance(every, str):
+        return
+    try:
+        Interval.of(every)
+    except ValueError:
+        expected = "expected an interval such as 30s, 5m, 2h, 500 steps, epoch or 2 epochs, or auto, or off"
+        sheet.blame(("checkpoint", "every"), f"found {describe(every)}, {expected}")
+
+
+CHECKS = (
+    _check_name,
+    _check_program,
+    _check_parameters,
+    _check_size,
+    _check_zip,
+    _check_env,
+    _check_launch,
+    _check_ranks,
+    _check_checkpoint,
+)
 """Every check; each one passes over values of a wrong type, which are blamed already."""

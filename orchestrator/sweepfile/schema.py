@@ -11,9 +11,9 @@ import pydantic
 from pydantic import ConfigDict, Field, JsonValue, create_model
 
 from orchestrator.space import DISTRIBUTIONS, NAME
-from orchestrator.spec import Launch, Metric, Reduce, Retries, SweepSpec
+from orchestrator.spec import Checkpoint, Launch, Metric, Reduce, Retries, SweepSpec
 from orchestrator.store import Json, JsonObject
-from orchestrator.sweepfile.checks import SWEEP_NAME
+from orchestrator.sweepfile.checks import EVERY, SWEEP_NAME
 from orchestrator.sweepfile.foreign import HARMLESS, HARMLESS_IN_METRIC
 from orchestrator.sweepfile.sheet import Sheet
 from orchestrator.sweepfile.yaml12 import Path
@@ -55,13 +55,18 @@ _Retries = _model(Retries, **dict.fromkeys(("error", "signal", "memory", "timeou
 _Launch = _model(
     Launch,
     **dict.fromkeys(("trials_per_task", "max_workers", "throttle"), _Positive | None),
-    cpus=_Positive,
-    notice_s=_Positive,
-    lease_s=_Seconds,
-    import_timeout_s=_Seconds,
+    **dict.fromkeys(("ranks_per_node", "cpus", "notice_s"), _Positive),
+    **dict.fromkeys(("lease_s", "import_timeout_s", "answer_s", "silent_s"), _Seconds),
     retries=_Retries | None,
 )
-_Reduce = _model(Reduce, top=_Positive, visibility_s=Annotated[float, Field(ge=0)], slurm=_Mapping | None)
+_Reduce = _model(
+    Reduce,
+    **dict.fromkeys(("top", "trials_per_range", "ranks"), _Positive),
+    visibility_s=Annotated[float, Field(ge=0)],
+    fan_in=Annotated[int, Field(ge=2)],
+    slurm=_Mapping | None,
+)
+_Checkpoint = _model(Checkpoint, mtbf_s=_Seconds)
 _File = _model(
     SweepSpec,
     name=Annotated[str, Field()],
@@ -75,6 +80,7 @@ _File = _model(
     slurm=_Mapping | None,
     launch=_Launch | None,
     reduce=_Reduce | None,
+    checkpoint=_Checkpoint | None,
 )
 _SECTIONS: dict[Path, type] = {
     (): SweepSpec,
@@ -82,6 +88,7 @@ _SECTIONS: dict[Path, type] = {
     ("launch",): Launch,
     ("launch", "retries"): Retries,
     ("reduce",): Reduce,
+    ("checkpoint",): Checkpoint,
 }
 
 
@@ -96,6 +103,7 @@ def json_schema() -> JsonObject:
     for holder in (properties, _object(_object(definitions["Reduce"])["properties"])):
         _set_values(holder["slurm"], {"type": ["string", "number", "boolean", "null"]})
     _set_values(properties["env"], {"type": "string"})
+    _object(_object(_object(definitions["Checkpoint"])["properties"])["every"])["pattern"] = f"^({EVERY})$"
     definitions.update(_parameter_schemas())
     schema.update(
         title="Sweep file",
@@ -223,6 +231,8 @@ def _not_allowed(path: Path, found: object, expected: str) -> str:
 
 
 def _type_remedy(kind: str, found: object, path: Path) -> str:
+    if path == ("checkpoint", "every"):
+        return " such as 30s, 5m, 500 steps, epoch or off"
     if kind == "string_type" and isinstance(found, bool | int | float):
         return f"; quote it: '{json.dumps(found)}'"
     if kind.startswith("int") and isinstance(found, float) and found.is_integer():

@@ -7,10 +7,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 from on_lab import Slurm
+from on_lab_sweeps import Make, build
 
 from orchestrator.lab import Lab, LabOptions, missing_programs
 
@@ -99,3 +101,9 @@ def slurm_of(lab_of: LabFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[L
 def slurm(slurm_of: Callable[[LabOptions], Slurm]) -> Slurm:
     """The default lab, shared with other tests: use jobs of one processor, and never a whole node of it."""
     return slurm_of(LabOptions())
+
+
+@pytest.fixture
+def make(tmp_path: Path, slurm: Slurm) -> Make:
+    """Makes the sweep of this test, on the default lab."""
+    return partial(build, tmp_path, slurm)

@@ -4,138 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-import pytest
 from on_lab import Slurm
+from on_lab_sweeps import Make
 
 from orchestrator.lab import LabOptions
-
-# A trial that knows nothing of us, and starts in a tenth of a second: by its index it fails, diverges, or is fine.
-PROGRAM = """
-import json, os, signal, sys, time
-params = json.load(open(os.environ["ORC_PARAMS"]))
-index = int(os.environ["ORC_TRIAL"])
-time.sleep(params["seconds"])
-if params["trouble"] and index % 10 == 3:
-    sys.exit(1)
-if params["trouble"] and index % 20 == 7:
-    os.kill(os.getpid(), signal.SIGSEGV)
-loss = float("nan") if params["trouble"] and index % 10 == 5 else 1.0 / (1 + params["x"]) + index * 1e-3
-with open(os.environ["ORC_REPORT"], "a") as report:
-    report.write(json.dumps({"step": 1, "val_loss": loss}) + "\\n")
-"""
-
-SWEEP = """
-command: ["{python}", trial.py]
-name: {name}
-method: random
-run_cap: {trials}
-parameters:
-  x: {{min: 0.0, max: 10.0}}
-  seconds: {{value: {seconds}}}
-  trouble: {{value: {trouble}}}
-launch: {{trials_per_task: {block}, lease_s: 5, notice_s: {notice_s}, form: {form}}}
-reduce: {{visibility_s: 2}}
-slurm: {{{slurm}}}
-"""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A folder with a sweep file, and `orc` in it."""
-
-    folder: Path
-    slurm: Slurm
-    runs: str = "runs"
-
-    def below(self, runs: str) -> Bench:
-        """The same, for sweeps in another folder."""
-        return replace(self, runs=runs)
-
-    def orc(self, *argv: str, code: int | None = 0) -> str:
-        """Standard output of `orc`; None for any exit code."""
-        done = subprocess.run(
-            [sys.executable, "-m", "orchestrator", *argv],
-            cwd=self.folder,
-            env={**self.slurm.env, "ORC_DIR": self.runs},
-            capture_output=True,
-            text=True,
-            timeout=170,
-            check=False,
-        )
-        assert code is None or done.returncode == code, f"orc {argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
-        return done.stdout
-
-    def status(self, sweep: str) -> dict[str, object]:
-        found: dict[str, object] = json.loads(self.orc("status", "--json", sweep))
-        return found
-
-    def trials(self, sweep: str) -> dict[str, int]:
-        trials = self.status(sweep)["trials"]
-        assert isinstance(trials, dict)
-        return trials
-
-    def summary_file(self, sweep: str) -> Path:
-        return self.folder / self.runs / sweep / "summary.json"
-
-    def is_reduced(self, sweep: str) -> bool:
-        return self.summary_file(sweep).exists() and not json.loads(self.summary_file(sweep).read_bytes())["missing"]
-
-    def wait_until_reduced(self, sweep: str, limit_s: float = 90) -> bytes:
-        self.slurm.wait_for(lambda: self.is_reduced(sweep), limit_s)
-        return self.summary_file(sweep).read_bytes()
-
-    def undisturbed(self) -> bytes:
-        """The bytes of the same sweep, run on this machine in peace."""
-        self.orc("run", "sweep.yaml", "--dir", "calm", "--workers", "2", code=None)
-        return next((self.folder / "calm").glob("*/summary.json")).read_bytes()
-
-    def notices(self, sweep: str) -> list[dict[str, str]]:
-        lines = [
-            json.loads(line)
-            for path in (self.folder / self.runs / sweep / "records").glob("*.jsonl")
-            for line in path.read_text().splitlines()
-        ]
-        return [line for line in lines if line["kind"] == "notice"]
-
-
-Make = Callable[..., Bench]
-
-
-@pytest.fixture
-def make(tmp_path: Path, slurm: Slurm) -> Make:
-    def build(
-        *,
-        trials: int = 12,
-        block: int = 3,
-        seconds: float = 0.0,
-        trouble: bool = False,
-        options: str = "time: 10",
-        form: str = "auto",
-        notice_s: int = 30,
-    ) -> Bench:
-        (tmp_path / "trial.py").write_text(textwrap.dedent(PROGRAM))
-        text = SWEEP.format(
-            python=sys.executable,
-            name=tmp_path.name.replace("[", ".").replace("]", ""),
-            trials=trials,
-            seconds=seconds,
-            trouble=str(trouble).lower(),
-            block=block,
-            slurm=options,
-            form=form,
-            notice_s=notice_s,
-        )
-        (tmp_path / "sweep.yaml").write_text(text)
-        return Bench(tmp_path, slurm)
-
-    return build
 
 
 def test_slurm_and_one_two_and_three_local_workers_give_the_same_bytes(make: Make) -> None:
@@ -151,7 +26,7 @@ def test_slurm_and_one_two_and_three_local_workers_give_the_same_bytes(make: Mak
     assert (counted["count"], counted["failed"], counted["diverged"]) == (45, 9, 6)
 
 
-def test_a_preempted_sweep_is_requeued_and_ends_with_the_same_bytes(
+def test_fault_02_a_preempted_sweep_is_requeued_and_ends_with_the_same_bytes(
     make: Make, slurm_of: Callable[[LabOptions], Slurm]
 ) -> None:
     bench = replace(make(seconds=1.0), slurm=slurm_of(LabOptions(nodes=1, grace_time_s=5)))
@@ -165,7 +40,7 @@ def test_a_preempted_sweep_is_requeued_and_ends_with_the_same_bytes(
     assert found == bench.undisturbed()
 
 
-def test_a_sweep_longer_than_its_time_limit_goes_on_by_itself_in_every_form(make: Make) -> None:
+def test_fault_04_a_sweep_longer_than_its_time_limit_goes_on_by_itself_in_every_form(make: Make) -> None:
     sweeps = {}
     for form in ("exec", "trap", "srun"):
         bench = make(trials=30, block=30, seconds=1.5, options="time: 1", form=form, notice_s=15)
@@ -190,7 +65,7 @@ def test_a_signal_by_hand_is_noted_and_the_work_goes_on(make: Make) -> None:
     assert all("go on" in notice["action"] for notice in bench.notices(sweep))
 
 
-def test_a_cancelled_sweep_stays_cancelled_until_it_is_resumed(make: Make) -> None:
+def test_fault_05_a_cancelled_sweep_stays_cancelled_until_it_is_resumed(make: Make) -> None:
     bench = make(seconds=1.0)
     sweep = bench.orc("submit", "sweep.yaml").strip()
     bench.slurm.wait_for(lambda: bench.trials(sweep)["running"] > 0)
@@ -202,24 +77,18 @@ def test_a_cancelled_sweep_stays_cancelled_until_it_is_resumed(make: Make) -> No
     assert bench.wait_until_reduced(sweep) == bench.undisturbed()
 
 
-def test_scancel_loses_nothing_that_resume_does_not_bring_back(make: Make) -> None:
+def test_fault_05_scancel_loses_nothing_that_resume_does_not_bring_back(make: Make) -> None:
     bench = make(seconds=1.0)
     sweep = bench.orc("submit", "sweep.yaml").strip()
     bench.slurm.wait_for(lambda: bench.trials(sweep)["running"] > 0)
-    bench.slurm.run("scancel", "--name", f"{sweep}.{token_of(bench, sweep)}")
+    bench.slurm.run("scancel", "--name", f"{sweep}.{bench.token(sweep)}")
     bench.slurm.wait_for(lambda: not bench.status(sweep)["jobs"])
     assert "orc resume" in bench.orc("status", sweep)
     bench.orc("resume", sweep)
     assert bench.wait_until_reduced(sweep) == bench.undisturbed()
 
 
-def token_of(bench: Bench, sweep: str) -> str:
-    """The part of the submission's token that job names carry."""
-    ledger = bench.folder / bench.runs / sweep / "submissions.jsonl"
-    return str(json.loads(ledger.read_text().splitlines()[0])["submission"])[:8]
-
-
-def test_requeueing_the_whole_array_repeats_nothing_that_is_done(make: Make) -> None:
+def test_fault_06_requeueing_the_whole_array_repeats_nothing_that_is_done(make: Make) -> None:
     bench = make(seconds=0.7)
     sweep = bench.orc("submit", "sweep.yaml").strip()
     bench.slurm.wait_for(lambda: bench.trials(sweep)["complete"] > 2)

@@ -1,0 +1,275 @@
+"""Faults 16 and 18: killed, or without room, at any point of a commit: afterwards there is the old or the new."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import sweeps
+from invariants import Memory, check, intact_lines, leftovers
+from killpoints import kill_everywhere
+from sweeps import TOKEN, counts, no_room_after, superseded
+
+from orchestrator import ledger, reducer, store, submit
+from orchestrator.claims import Block, Claims
+from orchestrator.code import Snapshot
+from orchestrator.errors import OrcError
+from orchestrator.paths import SweepPaths
+from orchestrator.plan import PlanFile, SweepPlan
+from orchestrator.records import RecordWriter, Status, outcome, start
+
+MODEL = b"weights" * 1000
+SHA = hashlib.sha256(MODEL).hexdigest()
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> SweepPaths:
+    return sweeps.make(tmp_path, trials=3)
+
+
+def done(trial: int, **payload: store.Json) -> store.JsonObject:
+    return outcome(
+        trial=trial, attempt=0, status=Status.COMPLETE, payload={"value": trial + 0.5, **payload}, seconds=0.1
+    )
+
+
+def put(paths: SweepPaths, *lines: store.JsonObject) -> None:
+    writer = RecordWriter(paths, {"submission": TOKEN, "host": "n1"})
+    writer.append(*lines)
+    writer.close()
+
+
+def clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+# 16: killed
+
+
+def test_fault_16_a_kill_in_a_record_loses_no_line_that_was_durable_and_tears_only_the_last(paths: SweepPaths) -> None:
+    def act() -> None:
+        writer = RecordWriter(paths, {"submission": TOKEN})
+        writer.append(start(trial=0, attempt=0), durable=True)
+        (paths.logs / "begun").touch()
+        writer.append(done(0), done(1))
+        writer.close()
+
+    for kill in kill_everywhere(act):
+        clear(paths.records)
+        (paths.logs / "begun").unlink(missing_ok=True)
+        kill()
+        kinds = [line["kind"] for path in paths.records.iterdir() for _, line in intact_lines(path)]
+        assert kinds == ["writer", "start", "outcome", "outcome"][: len(kinds)]
+        assert len(kinds) >= 2 or not (paths.logs / "begun").exists()
+        put(paths, *map(done, range(3)))  # whoever runs the trials again
+        assert sweeps.fold(paths).num_bad_lines <= 1
+        assert counts(paths) == {"complete": 3}
+
+
+def test_fault_16_a_kill_in_a_claim_leaves_no_claim_or_one_that_names_its_owner(paths: SweepPaths) -> None:
+    block = Block(0, 2)
+    for kill in kill_everywhere(lambda: Claims(paths, "ours").take(block, 0)):
+        clear(paths.claims)
+        kill()
+        theirs = Claims(paths, "theirs")
+        found = theirs.newest()
+        assert found in ({}, {(0, 2): 0})
+        assert theirs.holder(block, 0) == ("ours" if found else "")
+        assert theirs.take(block, 0) is not bool(found)
+        assert theirs.holder(block, 0) in ("ours", "theirs")
+
+
+def test_fault_16_a_kill_in_the_ledger_leaves_the_lines_before_and_a_line_that_is_whole_or_none(
+    paths: SweepPaths,
+) -> None:
+    part = ledger.Part(what="local", num_workers=1)
+    first, second = (
+        ledger.Submission(token=token * 32, epoch=epoch, on="local", host="here", parts=(part,))
+        for epoch, token in enumerate("ab")
+    )
+    for kill in kill_everywhere(lambda: ledger.append(paths, ledger.intent(second, "local"))):
+        paths.submissions.unlink(missing_ok=True)
+        ledger.append(paths, ledger.intent(first, "local"))
+        kill()
+        found = [one.token for one in ledger.submissions(paths)]
+        assert found in ([first.token], [first.token, second.token])
+        ledger.append(paths, ledger.intent(second, "local"))
+        assert [one.token for one in ledger.submissions(paths)] == [first.token, second.token]
+
+
+def test_fault_16_a_kill_in_the_summary_leaves_the_old_one_or_the_new_one(paths: SweepPaths) -> None:
+    put(paths, done(0))
+    old = sweeps.summary(paths)
+    put(paths, *map(done, range(3)))
+    new = sweeps.summary(paths)
+    for kill in kill_everywhere(lambda: reducer.reduce(paths, wait_s=0.0)):
+        paths.summary.write_bytes(old)
+        kill()
+        assert paths.summary.read_bytes() in (old, new)
+        assert sweeps.summary(paths) == new
+    for path in leftovers(paths):
+        os.utime(path, (0, 0))  # what is new may be another reducer's; what is old goes
+    assert sweeps.summary(paths) == new
+    check(paths, undisturbed=new)
+
+
+def test_fault_16_a_kill_between_a_model_and_its_record_leaves_no_record_without_its_model(paths: SweepPaths) -> None:
+    def act() -> None:
+        store.write(paths.model(0, SHA), MODEL)
+        put(paths, done(0, model=SHA))
+
+    for kill in kill_everywhere(act):
+        clear(paths.models)
+        clear(paths.records)
+        kill()
+        if sweeps.fold(paths).payload(0):
+            assert paths.model(0, SHA).read_bytes() == MODEL
+        put(paths, done(1), done(2))
+        act()  # the trial again
+        sweeps.summary(paths)
+        assert sweeps.names(paths.models) == [paths.model(0, SHA).name]
+        assert paths.model(0, SHA).read_bytes() == MODEL
+
+
+def planned(trials: int = 3) -> SweepPlan:
+    return SweepPlan(spec=sweeps.spec(trials=trials), code=Snapshot().digest)
+
+
+def test_fault_16_a_kill_while_a_sweep_is_stored_leaves_no_sweep_or_a_whole_one(tmp_path: Path) -> None:
+    plan, runs = planned(), tmp_path / "runs"
+
+    def act() -> SweepPaths:
+        return submit.prepare(plan, Snapshot(), b"name: small\n", runs)
+
+    for kill in kill_everywhere(act):
+        shutil.rmtree(runs, ignore_errors=True)
+        kill()
+        paths = SweepPaths(runs / plan.id)
+        if paths.root.exists():
+            assert PlanFile.open(paths.plan).num_trials == 3
+            assert all(folder.is_dir() for folder in paths.folders)
+        assert act() == paths
+        assert [trial.index for trial in PlanFile.open(paths.plan).trials()] == [0, 1, 2]
+        assert paths.sweep_file.read_bytes() == b"name: small\n"
+
+
+def test_fault_16_a_kill_in_a_submission_is_completed_by_the_same_command_and_starts_one_process(
+    tmp_path: Path,
+) -> None:
+    plan, runs = planned(1), tmp_path / "runs"
+
+    def act() -> submit.Receipt:
+        return submit.submit(SweepPaths(runs / plan.id), plan, on="local", workers=1)
+
+    for kill in kill_everywhere(act):
+        shutil.rmtree(runs, ignore_errors=True)
+        paths = submit.prepare(plan, Snapshot(), b"", runs)
+        kill()
+        receipt = act()
+        assert receipt.submission is not None
+        assert receipt.submission.is_complete
+        sweeps.until(lambda paths=paths: paths.summary.exists() and not submit.live(paths))
+        assert len(sweeps.names(paths.records)) == 1
+        check(paths, undisturbed=undisturbed(paths, tmp_path))
+
+
+def undisturbed(paths: SweepPaths, tmp_path: Path) -> bytes:
+    """`summary.json` of the same plan in another folder, from records that nothing has happened to."""
+    calm = SweepPaths(tmp_path / "calm" / paths.id)
+    for folder in calm.folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    calm.plan.write_bytes(paths.plan.read_bytes())
+    put(calm, *map(done, range(PlanFile.open(calm.plan).num_trials)))
+    return sweeps.summary(calm)
+
+
+# 18: no room
+
+
+@pytest.mark.parametrize("room", [0, 1, 40])
+def test_fault_18_without_room_a_ledger_line_is_an_error_by_name_and_goes_through_later(
+    paths: SweepPaths, room: int
+) -> None:
+    superseded(paths, "a" * 32)
+    size = paths.submissions.stat().st_size
+    with no_room_after(size + room), pytest.raises(OrcError, match=r"submissions\.jsonl"):
+        superseded(paths, "b" * 32, "a" * 32)
+    assert [one.token for one in ledger.submissions(paths)] == ["a" * 32]
+    superseded(paths, "b" * 32, "a" * 32)
+    assert [one.token for one in ledger.submissions(paths)] == ["a" * 32, "b" * 32]
+
+
+def test_fault_18_without_room_no_claim_is_left_behind(paths: SweepPaths) -> None:
+    with no_room_after(0), pytest.raises(OrcError, match=r"claims/0-2\.0: can't be created"):
+        Claims(paths, "ours").take(Block(0, 2), 0)
+    assert sweeps.names(paths.claims) == []
+    assert Claims(paths, "theirs").take(Block(0, 2), 0)
+
+
+def test_fault_18_without_room_the_old_summary_stays_and_a_reader_still_tells_the_truth(paths: SweepPaths) -> None:
+    put(paths, done(0))
+    old = sweeps.summary(paths)
+    put(paths, *map(done, range(3)))
+    with no_room_after(50), pytest.raises(OrcError, match=r"summary\.json: can't be written"):
+        reducer.reduce(paths, wait_s=0.0)
+    assert paths.summary.read_bytes() == old
+    check(paths)
+    assert json.loads(sweeps.summary(paths))["missing"] == 0
+
+
+def test_fault_18_without_room_no_sweep_is_stored_and_the_folder_is_named(tmp_path: Path) -> None:
+    plan, runs = planned(), tmp_path / "runs"
+    with no_room_after(100), pytest.raises(OrcError, match=str(runs)):
+        submit.prepare(plan, Snapshot(), b"", runs)
+    assert [path for path in runs.glob("*") if path.name != ".gitignore"] == []
+    assert PlanFile.open(submit.prepare(plan, Snapshot(), b"", runs).plan).num_trials == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, *, but: int) -> Path:
+    """Leave so many pages free."""
+    file = folder / "fill"
+    with file.open("wb", buffering=0) as full, suppress(OSError):
+        while True:
+            full.write(bytes(4096))
+    os.truncate(file, file.stat().st_size - but * 4096)
+    return file
+
+
+@pytest.mark.parametrize("free_pages", [0, 1, 2, 4])
+def test_fault_18_a_disk_that_is_full_at_any_point_is_named_and_the_work_goes_on_when_there_is_room(
+    small_disk: Path, tmp_path: Path, free_pages: int
+) -> None:
+    paths = sweeps.make(small_disk, trials=6, trials_per_task=2)
+    memory = Memory(paths)
+    filler = fill(small_disk, but=free_pages)
+    code, said = sweeps.run(paths)
+    assert code == 1
+    assert "No space left on device" in said
+    assert str(paths.root) in said
+    assert "Traceback" not in said
+    memory.look()
+    check(paths, exit_codes=[code])
+    filler.unlink()
+    superseded(paths, "b" * 32, TOKEN)
+    assert sweeps.run(paths, submission="b" * 32)[0] == 0
+    sweeps.summary(paths)
+    check(paths, undisturbed=undisturbed(paths, tmp_path), memory=memory, exit_codes=[0])
