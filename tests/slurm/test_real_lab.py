@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import encodings.idna  # needed for sockets, and not to be read any more by a nobody who has no way into the interpreter's folder
 import os
 import shutil
 import signal
