@@ -13,7 +13,6 @@ that are missing are handed over, parts that are there stay as they are.
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,7 +117,7 @@ def prepare(plan: SweepPlan, snapshot: Snapshot, sweep_file: bytes, runs: Path) 
     if paths.root.exists():
         return _same(paths, plan)
     _make_runs(paths.root.parent)
-    temporary = SweepPaths(paths.root.with_name(f".{plan.id}.{secrets.token_hex(6)}"))
+    temporary = SweepPaths(paths.root.with_name(f".{plan.id}.{os.urandom(6).hex()}"))
     try:
         _fill(temporary, plan, snapshot, sweep_file)
         return _publish(temporary, paths, plan)
@@ -280,7 +279,7 @@ def _hand_over(
 
 def _submission(on: On, parts: tuple[Part, ...], epoch: int = 0, supersedes: Sequence[str] = ()) -> Submission:
     return Submission(
-        token=secrets.token_hex(16),
+        token=os.urandom(16).hex(),
         epoch=epoch,
         on=on,
         host=os.uname().nodename,
