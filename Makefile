@@ -38,7 +38,7 @@ soak: environment slurm
 	$(BIN)/pytest -m soak
 
 bench: environment
-	@for script in benchmarks/{sweep,outcome,summary,fold,reduce}.py; do echo "$$script" && $(BIN)/python "$$script" || exit; done
+	@for script in benchmarks/{sweep,outcome,summary,fold,reduce,resnet}.py; do echo "$$script" && $(BIN)/python "$$script" || exit; done
 
 environment: $(STAMP)
 

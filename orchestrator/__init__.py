@@ -3,6 +3,9 @@
     import orchestrator as orc
 
     orc.State                    what a job's `build` returns
+    orc.read_mnist(folder)       data sets from files: read_cifar10, read_cifar100, read_idx, read_npz, read_safetensors
+    orc.losses, orc.metrics      per-sample values, and what comes of their exact sums
+    orc.augment                  augmentation by the samples' keys
     orc.Sweep.open(folder)       a sweep's best trials, summary and status, from Python
     orc.Summary                  the exact monoid behind every answer
     orc.SummaryMap               a mapping of them; SummaryPair and TopN likewise
@@ -18,12 +21,23 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from orchestrator import augment, losses, metrics
     from orchestrator.algebra import SummaryMap, SummaryPair, TopN
+    from orchestrator.errors import DataError
+    from orchestrator.readers import (
+        read_cifar10,
+        read_cifar100,
+        read_idx,
+        read_mnist,
+        read_npz,
+        read_safetensors,
+    )
     from orchestrator.summary import Summary
     from orchestrator.sweep import Sweep
     from orchestrator.trial import State, Trial
 
 _HOMES = {
+    "DataError": "orchestrator.errors",
     "State": "orchestrator.trial",
     "Summary": "orchestrator.summary",
     "SummaryMap": "orchestrator.algebra",
@@ -31,12 +45,40 @@ _HOMES = {
     "Sweep": "orchestrator.sweep",
     "TopN": "orchestrator.algebra",
     "Trial": "orchestrator.trial",
+    "read_cifar10": "orchestrator.readers",
+    "read_cifar100": "orchestrator.readers",
+    "read_idx": "orchestrator.readers",
+    "read_mnist": "orchestrator.readers",
+    "read_npz": "orchestrator.readers",
+    "read_safetensors": "orchestrator.readers",
 }
+_MODULES = {"augment", "losses", "metrics"}
 
-__all__ = ["State", "Summary", "SummaryMap", "SummaryPair", "Sweep", "TopN", "Trial", "__version__"]
+__all__ = [
+    "DataError",
+    "State",
+    "Summary",
+    "SummaryMap",
+    "SummaryPair",
+    "Sweep",
+    "TopN",
+    "Trial",
+    "__version__",
+    "augment",
+    "losses",
+    "metrics",
+    "read_cifar10",
+    "read_cifar100",
+    "read_idx",
+    "read_mnist",
+    "read_npz",
+    "read_safetensors",
+]
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"orchestrator.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

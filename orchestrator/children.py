@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from orchestrator import scratch
 from orchestrator.channel import Channel
 from orchestrator.errors import OrcError, ProgramError
 from orchestrator.paths import SweepPaths
@@ -122,9 +123,7 @@ class Children:
     def open(self) -> None:
         """Start the preloaded parent."""
         if self._has_ranks:
-            import tempfile
-
-            self._folder = tempfile.mkdtemp(prefix="orc-")
+            self._folder = str(scratch.make())
         self._server, self._channel = self._spawn()
 
     @property

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from orchestrator import store
+from orchestrator import records, store
 from orchestrator.paths import SweepPaths
 
 __all__ = ["Block", "Claims", "Growth"]
@@ -90,9 +90,8 @@ class Growth:
 
     def look(self) -> None:
         """Note the size of every record file, so that time has passed already when somebody asks."""
-        for name in os.listdir(self._paths.records):  # noqa: PTH208 (names are all that is needed)
-            if name.endswith(".jsonl"):
-                self.silent(name.removesuffix(".jsonl"))
+        for path in records.files(self._paths):
+            self.silent(path.stem)
 
     def silent(self, writer: str) -> bool:
         """Whether the file of `writer` was seen not to grow for `lease_s`; the first look at it starts the time."""

@@ -83,6 +83,9 @@ _sweep = click.argument("sweep", required=False, shell_complete=_complete)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, with stable keys.")
 _file = click.argument("sweep_file", type=click.Path(path_type=Path))
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+_watch = click.option(
+    "--watch", is_flag=True, help="Stay, with progress, submit what is lost again, and end with the best trials."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -193,7 +196,7 @@ def plan(sweep_file: Path, overrides: tuple[str, ...], folder: Path | None, as_j
 @click.option("--on", type=click.Choice(["slurm", "local"]), default="slurm", show_default=True, help="Where.")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers at most.")
 @click.option("--test-only", is_flag=True, help="Ask sbatch whether it would take the scripts; submit nothing.")
-@click.option("--watch", is_flag=True, help="Stay, with progress, until the sweep has ended, and show the best trials.")
+@_watch
 def submit(
     sweep_file: Path,
     overrides: tuple[str, ...],
@@ -217,11 +220,15 @@ def submit(
     sweep, receipt = running.hand_over(taken, runs, on=on, workers=workers)
     _show_receipt(sweep.id, receipt)
     if watch:
-        running.follow(sweep)
-        _show_results(sweep, top=3)
-        _fail_if_missing(sweep, f"`orc resume {sweep.id}` goes on")
-        _fail_if_failed(sweep)
+        running.follow(sweep, workers=workers)
+        _show_end(sweep)
     return None
+
+
+def _show_end(sweep: Sweep) -> None:
+    _show_results(sweep, top=3)
+    _fail_if_missing(sweep, f"`orc resume {sweep.id}` goes on")
+    _fail_if_failed(sweep)
 
 
 def _test_only(taken: Intake, runs: Path, workers: int | None) -> None:
@@ -356,6 +363,7 @@ def logs(trial: str, sweep: str | None, folder: Path | None, follow: bool) -> No
 @click.option("--on", type=click.Choice(["slurm", "local"]), help="Where (default: as before).")
 @click.option("--workers", type=click.IntRange(min=1), help="Workers at most.")
 @click.option("--force", is_flag=True, help="Even beside something that is alive, or may be on another machine.")
+@_watch
 def resume(
     sweep: str | None,
     folder: Path | None,
@@ -364,11 +372,13 @@ def resume(
     on: Literal["slurm", "local"] | None,
     workers: int | None,
     force: bool,
+    watch: bool,
 ) -> None:
     """Submit exactly what is missing.
 
-    Harmless while jobs still run, and any number of times. Of a process on another machine it waits for a word, as
-    long as launch.lease_s says, before it takes over; --force takes over at once.
+    Harmless while jobs still run, and any number of times. Jobs that wait because they were requeued are started. Of a
+    process on another machine it waits for a word, as long as launch.lease_s says, before it takes over; --force takes
+    over at once.
     """
     from orchestrator import running
 
@@ -379,7 +389,12 @@ def resume(
         click.echo(found.id)
         return
     _show_receipt(found.id, receipt)
-    if receipt.alive and receipt.already:
+    if watch:
+        # Beside what is still there, failed trials were not handed over again.
+        retries = failed and not receipt.already
+        running.follow(found, workers=workers, settings=list(settings), failed=retries)
+        _show_end(found)
+    elif receipt.alive and receipt.already:
         raise TrialsFailed(f"{found.id}: nothing new was handed over, beside what is still there; --force does it")
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import orjson
 
-from orchestrator import store
+from orchestrator import scratch, store
 from orchestrator.channel import Channel, Send, say, serve
 from orchestrator.code import Lineage
 from orchestrator.errors import ProgramError
@@ -121,14 +121,14 @@ class Runner:
         paths: the sweep.
         spec: its spec.
         channel: to the supervisor.
-        scratch: a folder for files of attempts, which someone else removes in the end: this process may be killed.
+        folder: for files of attempts, which someone else removes in the end: this process may be killed.
     """
 
-    def __init__(self, paths: SweepPaths, spec: SweepSpec, channel: Channel, scratch: Path) -> None:
+    def __init__(self, paths: SweepPaths, spec: SweepSpec, channel: Channel, folder: Path) -> None:
         self._paths = paths
         self._spec = spec
         self._channel = channel
-        self._scratch = scratch
+        self._scratch = folder
         self._lineage = Lineage.of(paths)
         self._command = from_snapshot(spec.command or (), self._lineage.folder)
         self._process: subprocess.Popen[bytes] | None = None
@@ -150,15 +150,15 @@ class Runner:
 
     def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
         try:
-            with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as scratch:
-                return self._run(message, Path(scratch), send)
+            with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as folder:
+                return self._run(message, Path(folder), send)
         except OSError as error:  # a full disk, say, which is not the trial's fault
             return {"broken": f"{error.filename or self._scratch}: {error.strerror or error}"}
 
-    def _run(self, message: JsonObject, scratch: Path, send: Send) -> JsonObject:
+    def _run(self, message: JsonObject, folder: Path, send: Send) -> JsonObject:
         params = message["params"]
         assert isinstance(params, dict)
-        params_file, reports = scratch / "params.json", Reports(scratch / "report.jsonl", self._spec, send)
+        params_file, reports = folder / "params.json", Reports(folder / "report.jsonl", self._spec, send)
         params_file.write_bytes(orjson.dumps(params))
         environment = self._environment(message, params_file, reports.path)
         try:
@@ -392,7 +392,7 @@ def _split(report: dict[str, object], line: int) -> tuple[int, dict[str, float]]
 
 def server(paths: SweepPaths, spec: SweepSpec, at_end: contextlib.ExitStack) -> Callable[[Channel], None]:
     """What serves a command sweep's trials in a worker process; `at_end` removes what workers that were killed left."""
-    scratch = Path(tempfile.mkdtemp(prefix="orc-"))
-    at_end.callback(shutil.rmtree, scratch, ignore_errors=True)
+    folder = scratch.make()
+    at_end.callback(shutil.rmtree, folder, ignore_errors=True)
     spec = replace(spec, command=snapshot_first(spec.command or ()))
-    return lambda channel: Runner(paths, spec, channel, scratch).serve()
+    return lambda channel: Runner(paths, spec, channel, folder).serve()

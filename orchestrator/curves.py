@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, cast
 
 import orjson
 
-from orchestrator import store
+from orchestrator import records, store
 from orchestrator.algebra import SummaryMap
 from orchestrator.effects import of_values, values_json
 from orchestrator.errors import NothingMatched
-from orchestrator.fold.stretch import lines, look, opened
+from orchestrator.fold.stretch import lines, opened
 from orchestrator.summary import TOP, Statistics, Summary
 from orchestrator.wording import did_you_mean
 
@@ -110,13 +110,9 @@ def _order(value: float | None) -> tuple[bool, bytes]:
     return value is None, hashlib.sha256(store.canonical(value)).digest()
 
 
-def _files(paths: SweepPaths) -> list[Path]:
-    return [paths.records / name for name in sorted(look(paths))]
-
-
 def _writers(paths: SweepPaths) -> list[list[Path]]:
     """The record files of each process: more than one if it had to abandon some, then in the order of its writing."""
-    files = {path.stem: path for path in _files(paths)}
+    files = {path.stem: path for path in records.files(paths)}
     before = {name: _continued(path) for name, path in files.items()}
     after = {first: name for name, first in before.items() if first in files}
     found: list[list[Path]] = []
@@ -179,7 +175,7 @@ def _number(value: Json) -> float | None:
 
 def _unknown(paths: SweepPaths, metric: str) -> NothingMatched:
     known: dict[str, None] = {}
-    for path in _files(paths):
+    for path in records.files(paths):
         for report in _reports(path, b'"metrics"'):
             found = report.get("metrics")
             known.update(dict.fromkeys(found if isinstance(found, dict) else ()))

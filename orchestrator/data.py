@@ -8,14 +8,18 @@ DataLoader             for training only; it brings its own batches and order
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-__all__ = ["Batch", "Samples", "batches", "dealt", "length", "num_samples", "to_device"]
+from orchestrator.augment import keys_of
+from orchestrator.loading import Augment, ByIndex, Prepared, fetched
+
+__all__ = ["Batch", "Samples", "batches", "dealt", "length", "num_samples", "part", "prepared", "to_device"]
 
 Samples: TypeAlias = "Sequence[torch.Tensor] | Dataset[object]"
 Batch: TypeAlias = object
@@ -49,9 +53,51 @@ def num_samples(samples: Samples) -> int:
     return len(tensors[0])
 
 
+def prepared(
+    samples: Samples, seed: int, *, augment: Augment | None = None, keyed: bool = False, loaders: int = 0
+) -> Samples:
+    """The samples of one epoch, in a form of this module again; the same ones, where nothing is to be done.
+
+    Keys are no more than another tensor where the samples are tensors; to augment these, or to read them in other
+    processes, takes them one by one, which is far slower.
+
+    Args:
+        samples: see the module.
+        seed: of the trial's epoch, from which the keys follow.
+        augment: applied to each sample; None to leave it as it is.
+        keyed: whether each sample is followed by its key.
+        loaders: how many processes read them.
+
+    Raises:
+        ValueError: `loaders` is negative.
+    """
+    if loaders < 0:
+        raise ValueError(f"loaders is a number of processes, at least 0, found {loaders}")
+    tensors = _tensors(samples)
+    if tensors is not None and augment is None and not loaders:
+        return (*tensors, keys_of(seed, torch.arange(len(tensors[0]), device="cpu"))) if keyed else samples
+    if augment is None and not keyed and not loaders:
+        return samples
+    one_by_one = _Rows(tensors) if tensors is not None else cast(ByIndex, samples)
+    return Prepared(one_by_one, seed, augment=augment, keyed=keyed, num_loaders=loaders)
+
+
+class _Rows:
+    """The samples of tensors one by one."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return tuple(part[index] for part in self._tensors)
+
+
 def batches(
     samples: Samples, order: torch.Tensor | None, batch_size: int, num: int, device: torch.device, begin: int = 0
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The samples in `order`, `batch_size` at a time, the last batch maybe smaller, on a device.
 
     Tensors are taken many batches at a time, which is several times faster than one at a time. Their batches are views
@@ -71,8 +117,10 @@ def batches(
         return
     assert not isinstance(samples, (tuple, list))
     indices = range(num) if order is None else order.tolist()
-    for first in range(begin * batch_size, num, batch_size):
-        yield to_device(default_collate([samples[i] for i in indices[first : first + batch_size]]), device)
+    rows = [indices[first : first + batch_size] for first in range(begin * batch_size, num, batch_size)]
+    with contextlib.closing(fetched(cast(ByIndex, samples), rows)) as found:
+        for batch in found:
+            yield to_device(batch, device)
 
 
 def dealt(
@@ -92,13 +140,16 @@ def dealt(
         world_size: how many processes share the batches.
     """
     tensors = _tensors(samples)
-    for first in range(rank * batch_size, num, world_size * batch_size):
-        last = min(first + batch_size, num)
-        if tensors is not None:
-            yield tuple(_taken(part, None, first, last, device) for part in tensors)
-        else:
-            assert not isinstance(samples, (tuple, list))
-            yield to_device(default_collate([samples[i] for i in range(first, last)]), device)
+    rows = [
+        range(first, min(first + batch_size, num)) for first in range(rank * batch_size, num, world_size * batch_size)
+    ]
+    if tensors is not None:
+        for row in rows:
+            yield tuple(_taken(part, None, row.start, row.stop, device) for part in tensors)
+        return
+    assert not isinstance(samples, (tuple, list))
+    for batch in fetched(cast(ByIndex, samples), rows):
+        yield to_device(batch, device)
 
 
 def _cut(
@@ -152,6 +203,31 @@ def length(batch: Batch) -> int:
     if found is None or not found.dim():
         raise TypeError(f"a batch is a tensor with its samples along the first dimension, or has one in it: {batch!r}")
     return len(found)
+
+
+def part(batch: Batch, first: int, last: int) -> Batch:
+    """The samples of a batch from `first` to before `last`, in the same containers.
+
+    Raises:
+        TypeError: there is something in it of which it can't be told what belongs to which sample.
+    """
+    num = length(batch)
+
+    def cut(of: Batch) -> Batch:
+        if isinstance(of, torch.Tensor) and of.dim() and len(of) == num:
+            return of[first:last]
+        if isinstance(of, (tuple, list)):
+            found = [cut(inner) for inner in of]
+            return of._make(found) if hasattr(of, "_make") else type(of)(found)
+        if isinstance(of, dict):
+            return {key: cut(inner) for key, inner in of.items()}
+        what = f"a tensor of shape {tuple(of.shape)}" if isinstance(of, torch.Tensor) else repr(of)
+        raise TypeError(
+            f"a batch of {num} samples can be taken in portions if all in it is tensors with the samples along the "
+            f"first dimension; found {what}"
+        )
+
+    return cut(batch)
 
 
 def _first_tensor(batch: Batch) -> torch.Tensor | None:

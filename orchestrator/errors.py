@@ -5,12 +5,15 @@
         SweepFileError           every problem of a sweep file, each with line and column
         ProgramError             the user's program can't be imported, or its signatures don't fit
         FolderError              a sweep folder that is unsafe, foreign, or of another schema
+          Vanished               (`fold.table`) a record that was read is no longer there
         SbatchRejected           sbatch said no; its own words are in the text
+        DataError                a file of data that is missing, damaged, or not the one that was meant
       PeerLost, NotMet           (`dist`, `roll`) a rank is gone or silent; the ranks did not find each other
       OutOfStep, NoGradient      (`agreement`, `replica`) ranks do different things; a loss that they can't share
       CheckpointError            (`checkpoint`) a checkpoint can't be written or read, or is of another number of ranks
         Gone                     its folder has vanished: someone else has finished the trial
         Misfit                   (`capture`) it doesn't fit what the job has built
+      TooLong, Unrecordable      (`store`, `records`) a line that is longer than its readers take; nothing is written
       NothingMatched             exit 3: no such sweep, trial or model
       TrialsFailed               exit 4: the command worked, some trials did not
       SlurmUnreachable           exit 5: no Slurm, or its controller does not answer
@@ -25,6 +28,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "DataError",
     "FolderError",
     "NothingMatched",
     "OrcError",
@@ -72,6 +76,10 @@ class FolderError(UsageError):
 
 class SbatchRejected(UsageError):
     """sbatch refused the job; the text carries sbatch's own message."""
+
+
+class DataError(UsageError):
+    """A file of data that is missing, can't be read, or is not what it should be; nothing is ever downloaded."""
 
 
 class NothingMatched(OrcError):

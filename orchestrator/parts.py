@@ -11,21 +11,18 @@ removed, cut or replaced since, the part counts for nothing.
 
 from __future__ import annotations
 
-import os
 import shutil
-import stat
 from dataclasses import dataclass
 from typing import Final
-from zlib import crc32
 
 import orjson
 
-from orchestrator import store
+from orchestrator import store, trust
 from orchestrator.errors import OrcError
-from orchestrator.fold.stretch import lines, look, opened
+from orchestrator.fold.stretch import lines, opened, tail
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
-from orchestrator.records import as_index
+from orchestrator.records import as_index, look
 from orchestrator.reduction import Reduction
 from orchestrator.store import Json, JsonObject
 
@@ -83,14 +80,10 @@ class Look:
         return self._tails[key]
 
     def _read_tail(self, writer: str, offset: int) -> int | None:
-        begin = max(0, offset - _TAIL)
         try:
-            with opened(self._paths.record(writer)) as file:
-                file.seek(begin)
-                data = file.read(offset - begin)
+            return tail(self._paths.record(writer), offset, _TAIL)
         except OSError:
             return None
-        return crc32(data) if len(data) == offset - begin else None
 
     def _beyond(self, writer: str, offset: int) -> frozenset[int]:
         """The trials of a writer's outcomes beyond what was seen."""
@@ -156,9 +149,7 @@ def read(paths: SweepPaths, plan: PlanFile, trials: range) -> Part | None:
 def _read_own(paths: SweepPaths, trials: range) -> bytes:
     """The bytes of a part; none of what a third user may have put in its place."""
     with opened(paths.part(trials.start, trials.stop - 1)) as file:
-        status = os.fstat(file.fileno())
-        is_ours = status.st_uid in {0, os.getuid(), paths.root.stat().st_uid} and not status.st_mode & stat.S_IWOTH
-        return file.read() if is_ours and stat.S_ISREG(status.st_mode) else b""
+        return file.read() if trust.is_believed(paths, file.fileno()) else b""
 
 
 def _tails(value: Json, reduction: Reduction) -> dict[str, int]:

@@ -19,17 +19,26 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 from orchestrator.errors import OrcError
 from orchestrator.paths import SweepPaths
-from orchestrator.store import AppendFile, Json, JsonObject
+from orchestrator.store import LONGEST, AppendFile, Json, JsonObject, TooLong
 
-__all__ = ["Cause", "RecordWriter", "Status", "at", "end", "notice", "outcome", "report", "resume", "start"]
+__all__ = [
+    "Cause", "RecordWriter", "Seen", "Status", "Unrecordable",
+    "at", "brief", "end", "files", "look", "notice", "outcome", "report", "resume", "start",
+]  # fmt: skip
 
 SYNC_AGE_S = 0.5
 """Longest time that an outcome waits for the disk, in seconds."""
+_IS_RECORD_FILE = re.compile(r"[0-9a-f]{32}\.jsonl").fullmatch
+_MOST_TEXT = 4000
+"""Characters of a text that came from a job, such as that of its error: the log has all of it."""
 
 
 class Status(enum.StrEnum):
@@ -110,6 +119,53 @@ def notice(*, signal: str, state: str, action: str) -> JsonObject:
     return {"kind": "notice", "signal": signal, "state": state, "action": action}
 
 
+def brief(text: str) -> str:
+    """A text as a record holds it: of a long one, the begin and the end."""
+    if len(text) <= _MOST_TEXT:
+        return text
+    return f"{text[: _MOST_TEXT // 2]} … {text[-_MOST_TEXT // 2 :]}"
+
+
+class Seen(NamedTuple):
+    """A record file as a folder shows it.
+
+    Args:
+        size: in bytes.
+        changed_ns: when it was last written to, by the clock of the file system.
+    """
+
+    size: int
+    changed_ns: int
+
+
+def look(paths: SweepPaths) -> dict[str, Seen]:
+    """The record files that are there, by name: regular files that are called like one; whatever else is there is none.
+
+    Raises:
+        FileNotFoundError: there is no folder of records.
+    """
+    found: dict[str, Seen] = {}
+    with os.scandir(paths.records) as entries:
+        for entry in entries:
+            if _IS_RECORD_FILE(entry.name) and entry.is_file(follow_symlinks=False):
+                state = entry.stat(follow_symlinks=False)
+                found[entry.name] = Seen(size=state.st_size, changed_ns=state.st_mtime_ns)
+    return found
+
+
+def files(paths: SweepPaths) -> list[Path]:
+    """The record files, in the order of their names.
+
+    Raises:
+        FileNotFoundError: there is no folder of records.
+    """
+    return [paths.records / name for name in sorted(look(paths))]
+
+
+class Unrecordable(OrcError):
+    """What was to be recorded is longer than a line may be; nothing of it was written, and the writer is good."""
+
+
 class RecordWriter:
     """The record file of this process start.
 
@@ -153,11 +209,17 @@ class RecordWriter:
         return writer, file
 
     def append(self, *lines: JsonObject, durable: bool = False, lasting: bool = True) -> None:
-        """Write lines; with `durable`, return once they are on the disk. Those not `lasting` go there with others."""
+        """Write lines; with `durable`, return once they are on the disk. Those not `lasting` go there with others.
+
+        Raises:
+            Unrecordable: one of the lines is too long for whoever would read it; says whose it is. None is written.
+        """
         if not lines:
             return
         try:
             self._append(lines, durable, lasting)
+        except TooLong as error:
+            raise Unrecordable(_unrecordable(error)) from error
         except OrcError:
             self._abandon()
             # Claims and starts name the old file, so the new one says whose they are now.
@@ -202,6 +264,14 @@ class RecordWriter:
         self.sync()
         self._file.close()
         self._dirty_since = None
+
+
+def _unrecordable(error: TooLong) -> str:
+    line, size = error.value, error.num_bytes / 2**20
+    return (
+        f"trial {line.get('trial')}, attempt {line.get('attempt')}: its {line.get('kind')} takes {size:.1f} MiB, and a "
+        f"record holds {LONGEST / 2**20:g} MiB at most: report fewer metrics at once, or write such data to a file"
+    )
 
 
 def as_index(value: Json) -> int:

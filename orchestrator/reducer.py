@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import shutil
 import sys
 import time
@@ -30,7 +29,7 @@ from typing import Protocol
 
 import orjson
 
-from orchestrator import parts, store
+from orchestrator import parts, records, scratch, store
 from orchestrator.errors import OrcError, TrialsFailed
 from orchestrator.fold import Fold
 from orchestrator.paths import SweepPaths
@@ -124,6 +123,7 @@ class Company(Protocol):
 
 
 class _Alone:
+    # What `dist.Group.alone()` is, without torch, which a reducer can do without.
     rank, world_size = 0, 1
 
     def reduce(self, value: Summary) -> Summary:
@@ -211,9 +211,8 @@ def _is_done(paths: SweepPaths, plan: PlanFile) -> bool:
         return False
     if not isinstance(found, dict) or (found.get("sweep"), found.get("missing")) != (plan.id, 0):
         return False
-    with os.scandir(paths.records) as entries:
-        changed_ns = [entry.stat(follow_symlinks=False).st_mtime_ns for entry in entries]
-    return max(changed_ns, default=0) <= written_ns and paths.records.stat().st_mtime_ns <= written_ns
+    changed_ns = max((seen.changed_ns for seen in records.look(paths).values()), default=0)
+    return max(changed_ns, paths.records.stat().st_mtime_ns) <= written_ns
 
 
 def is_reduced(paths: SweepPaths, plan: PlanFile, fold: Fold) -> bool:
@@ -302,6 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--number", type=int)
     given = parser.parse_args(argv)
     paths = SweepPaths(given.dir.absolute())
+    scratch.clear()  # the workers are over, and those that were killed could not
     return run(paths, lambda: _reduce(paths, given.ranges, given.fan_in, given.level, given.number))
 
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from orchestrator.errors import OrcError
 from orchestrator.meeting import Party
 
-__all__ = ["Loss", "NoGradient", "Part", "Portion", "Replica", "wrapped"]
+__all__ = ["Loss", "NoGradient", "Part", "Portion", "Replica", "Scale", "wrapped"]
 
 Loss: TypeAlias = "Callable[[torch.nn.Module, object], torch.Tensor]"
 """Per-sample values, the samples along the first dimension."""

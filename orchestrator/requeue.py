@@ -4,7 +4,7 @@
     RUNNING (SIGNALING, ...), PreemptTime set      preemption         finish what runs, then requeue; Slurm may be first
     RUNNING, no PreemptTime, end near              time limit         finish what can, then requeue
     RUNNING, no PreemptTime, end far               a signal by hand   go on
-    COMPLETING, Restarts above ours                requeued already   leave
+    anything, Restarts above ours; or PENDING      requeued already   leave
     COMPLETING, Restarts as ours                   cancelled          leave, and never requeue
     no answer, no tool, or of another's job        no reason known    finish what runs, start nothing, ask again
 
@@ -12,6 +12,9 @@ A later notice can only make this stricter, in the order: go on, finish, requeue
 job finishes takes its requeue back, and just before a requeue Slurm is asked once more. A requeue counts only when
 Slurm says so; until then, and while no reason is known, a worker that has finished stays for a while, since a job that
 is killed by a preemption is requeued by Slurm, but one that has left is not.
+
+A job that runs, but was restarted more often than we know of, is a later run of ours, on another node: its limits and
+its requeues are its own, and we are the late copy that a lost node has kept alive.
 
 Requeueing after a cancel would bring a cancelled job back to life, so in doubt there is none: records decide what is
 left to do, and `orc resume` finishes it. Preemption is not left early: on Slurm before 24.05 a job that exits inside
@@ -28,9 +31,10 @@ from orchestrator.records import Cause
 
 __all__ = ["Action", "Decision", "Situation", "decide"]
 
-_ALIVE = ("RUNNING", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
+# A job in CONFIGURING may run already: the word stays until the last node has said that it is ready.
+_ALIVE = ("RUNNING", "CONFIGURING", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 _ENDING = ("COMPLETING", "CANCELLED", "TIMEOUT", "FAILED", "COMPLETED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
-_AGAIN = ("PENDING", "REQUEUED", "PREEMPTED", "CONFIGURING")
+_AGAIN = ("PENDING", "REQUEUED", "PREEMPTED")
 _EARLY_S = 65
 """Slurm looks every 30 s and may send `--signal` a minute early (sbatch(1)); five more for what happens on the way."""
 
@@ -99,10 +103,10 @@ def decide(situation: Situation | None, *, own_restarts: int, notice_s: float) -
     """
     if situation is None or situation.state not in _ALIVE + _ENDING + _AGAIN:
         return Decision(Cause.NOTICE, Action.FINISH)
-    if situation.state in _ALIVE:
-        return _running(situation, notice_s)
     if situation.restarts > own_restarts or situation.state in _AGAIN:
         return Decision(Cause.PREEMPTED, Action.LEAVE)
+    if situation.state in _ALIVE:
+        return _running(situation, notice_s)
     return Decision(Cause.CANCELLED, Action.LEAVE)
 
 

@@ -9,14 +9,14 @@ The fold needs none of this, and skips the lines that say it.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from orchestrator import store
+from orchestrator import records, store
 from orchestrator.records import as_index
 
 if TYPE_CHECKING:
@@ -62,15 +62,14 @@ class Account:
 def reached(paths: SweepPaths, trial: int) -> int:
     """The highest step of a trial that a line of any record file names; 0 if there is none."""
     step = re.compile(rb'\{"kind":"(?:report|at|end)","trial":%d,"attempt":\d+,[^\n]*?"step":(\d{1,18})[,}]' % trial)
-    return max((int(found[1]) for path in _files(paths) for found in step.finditer(path.read_bytes())), default=0)
+    return max((int(found[1]) for data in _contents(paths) for found in step.finditer(data)), default=0)
 
 
 def read(paths: SweepPaths) -> Account:
     """What all record files say of interruptions."""
     resumptions: set[Resumption] = set()
     saved: Counter[str] = Counter()
-    for path in _files(paths):
-        data = path.read_bytes()
+    for data in _contents(paths):
         resumptions |= {
             Resumption(trial=trial, attempt=attempt, step=_number(line, "step"), lost=_number(line, "lost"))
             for trial, attempt, line in _lines(data, _RESUME)
@@ -83,13 +82,16 @@ def ends(paths: SweepPaths, trial: int) -> dict[int, str]:
     """Attempt -> how it ended without an outcome, for the attempts at a trial of which that is known."""
     return {
         attempt: f"{line.get('cause')}: {line.get('detail')}"
-        for path in _files(paths)
-        for _, attempt, line in _lines(path.read_bytes(), b'%b,"trial":%d,' % (_END, trial))
+        for data in _contents(paths)
+        for _, attempt, line in _lines(data, b'%b,"trial":%d,' % (_END, trial))
     }
 
 
-def _files(paths: SweepPaths) -> list[Path]:
-    return sorted(paths.records.glob("*.jsonl"))
+def _contents(paths: SweepPaths) -> Iterator[bytes]:
+    """What each record file holds; one that can't be read, of which the fold tells, holds nothing."""
+    for path in records.files(paths):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes()
 
 
 def _lines(data: bytes, prefix: bytes) -> Iterator[tuple[int, int, JsonObject]]:

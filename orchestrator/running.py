@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
 from orchestrator.records import Status
 from orchestrator.sweep import Sweep
+from orchestrator.tending import Tender, end_waits
 from orchestrator.watch import watch
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["follow", "hand_over", "other_code", "resume", "run"]
 
 _STOP_S = 30.0
-_ASK_S = 15.0
-"""How often the jobs of a watched sweep are asked for, in seconds."""
 _SHOWN_BYTES = 4000
 _SHOWN_CHANGES = 8
 _LOOK_S = 1.0
@@ -222,37 +222,44 @@ def hand_over(taken: Intake, runs: Path, *, on: ledger.On, workers: int | None) 
     return Sweep(paths), receipt
 
 
-def follow(sweep: Sweep) -> None:
-    """Watch a sweep that was handed over until it is done, or until nothing of it is left.
+def follow(
+    sweep: Sweep,
+    *,
+    workers: int | None = None,
+    settings: Sequence[str] = (),
+    failed: bool = False,
+) -> None:
+    """Watch a sweep that was handed over until it is done, or until nothing of it is left that may go on.
+
+    What its jobs can't do for themselves is done meanwhile: see `tending`.
+
+    Args:
+        sweep: handed over.
+        workers: at most, when what was lost is submitted again.
+        settings: as for `resume`, for the same.
+        failed: it was handed over to try failed trials again.
 
     Raises:
         Preempted: interrupted from the keyboard; the jobs go on.
+        SbatchRejected, FolderError: what was lost could not be submitted again.
     """
+
+    def again() -> Receipt:
+        missing = sweep.fold.num_missing + (sweep.fold.count(Status.FAILED) if failed else 0)
+        others = _settings(settings)
+        return submit.resubmit(
+            sweep.paths, sweep.plan, missing=missing, workers=workers, settings=others, retry_failed=failed
+        )
+
     try:
-        watch(sweep, _is_over(sweep))
+        _say(f"{sweep.id}: watching it to its end; Ctrl-C ends the watching, not the sweep")
+        watch(sweep, Tender(sweep, again=again, say=_say, retries=failed).is_over)
         _reduce(sweep)
     except KeyboardInterrupt:
-        text = f"{sweep.id}: no longer watched, but it goes on; `orc status {sweep.id}`, or `orc cancel {sweep.id}`"
-        raise Preempted(text) from None
-
-
-def _is_over(sweep: Sweep) -> Callable[[], bool]:
-    asked = time.monotonic()
-
-    def is_over() -> bool:
-        nonlocal asked
-        if not sweep.fold.num_missing and sweep.paths.summary.exists():
-            return True
-        if time.monotonic() - asked < _ASK_S:
-            return False
-        try:
-            left = submit.live(sweep.paths)
-        except SlurmUnreachable:
-            left = None
-        asked = time.monotonic()
-        return left == []
-
-    return is_over
+        raise Preempted(
+            f"{sweep.id}: no longer watched, but it goes on: `orc status {sweep.id}`, or `orc cancel {sweep.id}`. Jobs "
+            f"that are lost from now on are not submitted again: `orc resume --watch {sweep.id}`"
+        ) from None
 
 
 def resume(
@@ -277,7 +284,7 @@ def resume(
     if not missing:
         _reduce(sweep)
         return None
-    return _resubmit(
+    receipt = _resubmit(
         sweep,
         missing=missing,
         on=on,
@@ -286,9 +293,16 @@ def resume(
         retry_failed=failed,
         force=force,
     )
+    started: list[str] = []
+    with suppress(SlurmUnreachable):
+        started = end_waits(receipt.alive)
+    if started:
+        note = f"requeued, and started without the wait that Slurm imposes: {', '.join(started)}"
+        return replace(receipt, notes=(*receipt.notes, note))
+    return receipt
 
 
-def _settings(given: list[str]) -> dict[str, Json]:
+def _settings(given: Sequence[str]) -> dict[str, Json]:
     from orchestrator.sweepfile.options import option_fault
 
     found: dict[str, Json] = {}

@@ -33,6 +33,7 @@ __all__ = [
     "check",
     "config",
     "find_by_comment",
+    "has_ended",
     "is_over_limit",
     "outside",
     "queue",
@@ -102,7 +103,7 @@ class JobRow:
     @property
     def is_live(self) -> bool:
         """Whether it waits, runs or is about to run again."""
-        return self.state not in _FINISHED
+        return not has_ended(self.state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +121,12 @@ _FINISHED = frozenset(
         *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"),
     ]
 )
+
+
+def has_ended(state: str) -> bool:
+    """Whether a job in this state, in Slurm's long name, will never run again by itself."""
+    return state in _FINISHED
+
 
 # A record and a field start with a character that no name can hold by accident: names and comments hold anything else.
 _RECORD, _FIELD = "\x1e", "\x1f"

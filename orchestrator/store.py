@@ -23,6 +23,7 @@ __all__ = [
     "AppendFile",
     "Json",
     "JsonObject",
+    "TooLong",
     "canonical",
     "checked",
     "create",
@@ -38,8 +39,25 @@ __all__ = [
 Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
 JsonObject: TypeAlias = "dict[str, Json]"
 
+LONGEST = 16 << 20
+"""The longest line, in bytes, that whoever reads a file that grows takes for one."""
 _CRC = b',"crc":'
 _TEMPORARY_DIGITS = 12
+
+
+class TooLong(OrcError):
+    """A line has not been written, since it is longer than readers take.
+
+    Args:
+        path: the file.
+        value: what the line was to hold.
+        num_bytes: how long it is.
+    """
+
+    def __init__(self, path: Path, value: JsonObject, num_bytes: int) -> None:
+        super().__init__(f"{path}: a line of {num_bytes:,} bytes was to be added, and readers take {LONGEST:,} at most")
+        self.value = value
+        self.num_bytes = num_bytes
 
 
 def canonical(value: Json) -> bytes:
@@ -186,8 +204,7 @@ class AppendFile:
 
     Raises:
         OrcError: from every method, when a write fails or is short; the file must then be abandoned, since its last
-            line may
-            be torn.
+            line may be torn.
     """
 
     def __init__(self, path: Path) -> None:
@@ -200,8 +217,12 @@ class AppendFile:
         self._unsynced = False
 
     def append(self, *values: JsonObject) -> None:
-        """Write the objects as lines, in one system call."""
-        data = b"".join(map(checked, values))
+        """Write the objects as lines, in one system call.
+
+        Raises:
+            TooLong: one of them is; none is written, and the file is good.
+        """
+        data = b"".join(map(self._line, values))
         try:
             written = os.write(self._handle, data)
         except OSError as error:
@@ -209,6 +230,12 @@ class AppendFile:
         if written != len(data):
             raise OrcError(f"{self.path}: only {written} of {len(data)} bytes could be written: is the disk full?")
         self._unsynced = True
+
+    def _line(self, value: JsonObject) -> bytes:
+        line = checked(value)
+        if len(line) > LONGEST:
+            raise TooLong(self.path, value, len(line))
+        return line
 
     def sync(self) -> None:
         """Return once everything appended so far is on the disk."""

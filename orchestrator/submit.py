@@ -13,14 +13,13 @@ that are missing are handed over, parts that are there stay as they are.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from orchestrator import ledger, local, slurm, store
+from orchestrator import ledger, local, slurm, store, trust
 from orchestrator.errors import FolderError, OrcError, UsageError
 from orchestrator.handover import LOCAL, Handover, reducers, render, request
 from orchestrator.ledger import On, Part, Submission
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from orchestrator.spec import SweepSpec
     from orchestrator.store import Json
 
-__all__ = ["Live", "Planned", "Receipt", "cancel", "check", "live", "prepare", "resubmit", "submit"]
+__all__ = ["Live", "Planned", "Receipt", "cancel", "check", "live", "prepare", "resubmit", "seen", "submit"]
 
 _LOCK_S = 120.0
 
@@ -48,7 +47,7 @@ class Planned(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Live:
-    """A job, an array element or a process of a sweep that has not ended.
+    """A job, an array element or a process of a sweep, which as a rule has not ended.
 
     Args:
         token: of its submission.
@@ -78,6 +77,11 @@ class Live:
     def is_elsewhere(self) -> bool:
         """Whether it is a process of a machine that can't be seen from here, so that nobody knows if it lives."""
         return self.process is not None and self.state == "elsewhere"
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is a job that Slurm still remembers, but that is over."""
+        return self.process is None and slurm.has_ended(self.state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,30 +172,11 @@ def _remove(folder: Path) -> None:
 
 
 def _same(paths: SweepPaths, plan: SweepPlan) -> SweepPaths:
-    _check_owner(paths)
+    trust.check(paths)
     found = PlanFile.open(paths.plan)
     if (found.id, found.num_trials, found.code) != (plan.id, plan.num_trials, plan.code):
         raise FolderError(f"{paths.root}: holds another sweep ({found.id}, {found.num_trials} trials); move it away")
     return paths
-
-
-def _check_owner(paths: SweepPaths) -> None:
-    """What is handed over executes what the folder holds, so nobody else may have written it.
-
-    Raises:
-        FolderError: the folder, its plan or its code is of a third user, or anyone may write it.
-    """
-    for path in (paths.root, paths.plan, paths.code, paths.submissions):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise FolderError(f"{path}: can't be read, so {paths.root} is no sweep: {error.strerror}") from error
-        if status.st_uid not in (os.getuid(), 0):
-            raise FolderError(f"{path}: belongs to another user ({status.st_uid}); submit from a folder of your own")
-        if status.st_mode & stat.S_IWOTH:
-            raise FolderError(
-                f"{path}: anyone may write it, so it may hold anyone's code; `chmod o-w` it if it is yours"
-            )
 
 
 @contextmanager
@@ -241,7 +226,7 @@ def submit(
         UsageError: the sweep was cancelled, or can't be said in a script.
         FolderError: the folder is unsafe.
     """
-    _check_owner(paths)
+    trust.check(paths)
     with _locked(paths):
         before = ledger.current(paths)
         if before is None:
@@ -349,12 +334,21 @@ def live(paths: SweepPaths, *, patience: slurm.Patience = slurm.PATIENCE) -> lis
     Raises:
         SlurmUnreachable: no Slurm, or no answer.
     """
+    return [one for one in seen(paths, patience=patience) if not one.has_ended]
+
+
+def seen(paths: SweepPaths, *, patience: slurm.Patience = slurm.PATIENCE) -> list[Live]:
+    """As `live`, and the jobs that have ended as long as Slurm remembers them (MinJobAge).
+
+    Raises:
+        SlurmUnreachable: no Slurm, or no answer.
+    """
     found = ledger.submissions(paths)
     jobs: list[Live] = []
     if any(submission.on == "slurm" for submission in found):
         clusters = {part.cluster for submission in found for part in submission.parts if part.cluster}
         rows = slurm.queue(clusters=sorted(clusters), patience=patience)
-        jobs = [job for row in rows if row.is_live and (job := _job(row, found))]
+        jobs = [job for row in rows if (job := _job(row, found))]
     return jobs + [process for submission in found for process in _processes(submission)]
 
 
@@ -469,7 +463,7 @@ def resubmit(
     Raises:
         SbatchRejected, SlurmUnreachable, UsageError, FolderError: as `submit`.
     """
-    _check_owner(paths)
+    trust.check(paths)
     spec = replace(plan.spec, slurm={**plan.spec.slurm, **(settings or {})})
     with _locked(paths):
         before = ledger.submissions(paths)

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import budgets, claims, identity, ledger, models, records, resumption
+from orchestrator import budgets, claims, identity, ledger, models, records, resumption, scratch
 from orchestrator.channel import Channel
 from orchestrator.children import Children, Exited, Post, Worker, memory_kills
 from orchestrator.crew import Crew, death
@@ -38,7 +38,7 @@ from orchestrator.fold import Fold
 from orchestrator.notices import OwnJob, acknowledge, touch
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile, blocks
-from orchestrator.records import Cause, RecordWriter, Status
+from orchestrator.records import Cause, RecordWriter, Status, Unrecordable
 from orchestrator.requeue import Action, Decision, Situation
 from orchestrator.source import Ready, Source, Succession
 from orchestrator.store import JsonObject
@@ -317,7 +317,16 @@ class Supervisor:
         if running is None or not running.is_meant_by(message):
             return
         for said in [message] if running.crew is None else running.crew.hear(post.rank, message):
-            self._do(post.slot, running, said)
+            try:
+                self._do(post.slot, running, said)
+            except Unrecordable as error:
+                self._refuse(post.slot, said, error)
+
+    def _refuse(self, slot: int, message: JsonObject, error: Unrecordable) -> None:
+        """A trial whose outcome can't be recorded has none, by its own fault; a report is left out."""
+        print(f"orchestrator: {error}", file=sys.stderr)
+        if "outcome" in message:
+            self._end(slot, Cause.ERROR, str(error))
 
     def _do(self, slot: int, running: Running, message: JsonObject) -> None:
         """What a trial's message asks for."""
@@ -361,8 +370,9 @@ class Supervisor:
             self._begin([Ready(ready.trial, ready.attempt + 1, ready.charges)])
 
     def _finish(self, slot: int, status: Status, payload: JsonObject) -> None:
-        running = self._running.pop(slot)
+        running = self._running[slot]
         self._record(running.ready, status, payload, time.monotonic() - running.began)
+        del self._running[slot]
         self._open.pop(running.ready.trial, None)
         if self._spec.command is not None or running.has_saved or status is Status.FAILED:
             self._done.append(running.ready.trial)
@@ -386,6 +396,7 @@ class Supervisor:
 
     def _end(self, slot: int, cause: Cause, detail: str, step: int | None = None) -> None:
         """An attempt ended without an outcome: charge it, and try again or give the trial up."""
+        detail = records.brief(detail)
         if self._decision is None and detail.endswith(_ENDS_OF_A_NOTICE):
             self._listen(_LATE_S)
         if self._decision is not None and cause in self._ends_by_notice:
@@ -623,16 +634,22 @@ def main(arguments: list[str] | None = None) -> int:
     options, then_reduce = _parse(arguments)
     _go_to_origin(options.paths)
     try:
-        supervisor = Supervisor(options, signals)
-        code = supervisor.run()
-        if code == 0 and then_reduce:
-            code = _reduce(options.paths, alone=True)
-        elif code == 0 and supervisor.is_sweep_done() and _reduces_itself(options.paths):
-            # The reducer job will do the same, but only once Slurm has started it.
-            _reduce(options.paths, alone=False)
+        return _work(options, signals, then_reduce=then_reduce)
     except OrcError as error:
         print(f"orchestrator: {error}", file=sys.stderr)
         return error.exit_code
+    finally:
+        scratch.clear()
+
+
+def _work(options: Options, signals: Signals, *, then_reduce: bool) -> int:
+    supervisor = Supervisor(options, signals)
+    code = supervisor.run()
+    if code == 0 and then_reduce:
+        return _reduce(options.paths, alone=True)
+    if code == 0 and supervisor.is_sweep_done() and _reduces_itself(options.paths):
+        # The reducer job will do the same, but only once Slurm has started it.
+        _reduce(options.paths, alone=False)
     return code
 
 

@@ -15,13 +15,12 @@ what is new is read, as long as it fits the records as they are.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from orchestrator import models
+from orchestrator import models, trust
 from orchestrator.errors import FolderError, NothingMatched
 from orchestrator.fold import Fold
 from orchestrator.paths import SweepPaths
@@ -361,6 +360,8 @@ class Sweep:
     def _mixed(self) -> list[str]:
         seen: dict[str, set[str]] = {}
         for writer in self.fold.writers().values():
+            if "cpu" not in writer:
+                continue  # whoever only wrote down what became of others
             versions = writer.get("versions")
             for name, value in {"cpu": writer.get("cpu"), **(versions if isinstance(versions, dict) else {})}.items():
                 seen.setdefault(name, set()).add(str(value))
@@ -409,27 +410,13 @@ class Sweep:
                 f"{self.id}: the weights of trial {trial.index} were not kept; "
                 f"the best {self.plan.spec.reduce.top} have theirs (reduce.top)"
             )
-        check_trusted(self.paths)
+        trust.check(self.paths)
         return _load(self.paths, self.plan, trial, path)
 
 
 def _names(by: str | Sequence[str] | None) -> list[str]:
     """Names of parameters, each once."""
     return list(dict.fromkeys([by] if isinstance(by, str) else by or ()))
-
-
-def check_trusted(paths: SweepPaths) -> None:
-    """Refuse to run code from a folder that anyone may write to, or that a third user owns.
-
-    Raises:
-        FolderError: names the file and the remedy.
-    """
-    for path in (paths.root, paths.plan, paths.code):
-        found = path.stat()
-        if found.st_mode & stat.S_IWOTH:
-            raise FolderError(f"{path}: anyone may write to it, so nothing in it is run; chmod o-w it first")
-        if found.st_uid not in (0, os.getuid()):
-            raise FolderError(f"{path}: belongs to user {found.st_uid}, so nothing in it is run; copy the sweep first")
 
 
 def _load(paths: SweepPaths, plan: PlanFile, trial: Trial, weights: Path) -> State:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 import torch
 
 from orchestrator import data
 from orchestrator.data import Batch, Samples
 from orchestrator.meeting import Party
-from orchestrator.replica import Loss, Part, Portion, Replica, wrapped
+from orchestrator.replica import Loss, Part, Portion, Replica, Scale, wrapped
 
 __all__ = ["Team"]
 
@@ -58,7 +58,7 @@ class Team:
         num: int,
         device: torch.device,
         begin: int = 0,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The part of every batch that is this rank's; the arguments are those of `data.batches`.
 
         A rank for which no sample of a batch is left is given the batch's first one, which `gradients` doesn't count.
@@ -73,7 +73,9 @@ class Team:
         finally:
             self._share = None
 
-    def _parts(self, samples: Samples, rows: torch.Tensor, device: torch.device, begin: int) -> Iterator[Batch]:
+    def _parts(
+        self, samples: Samples, rows: torch.Tensor, device: torch.device, begin: int
+    ) -> Generator[Batch, None, None]:
         """Of batches of one size, a row of sample indices each."""
         part = Part.of(rows.shape[1], self._party.rank, self._party.world_size)
         mine = rows[:, part.first : part.last].reshape(-1)
@@ -81,16 +83,29 @@ class Team:
             self._share = part.num, rows.shape[1]
             yield batch
 
-    def gradients(self, net: torch.nn.Module, loss: Loss, batch: Batch) -> torch.Tensor:
+    def gradients(
+        self, net: torch.nn.Module, loss: Loss, batch: Batch, *, portions: int = 1, scale: Scale | None = None
+    ) -> torch.Tensor:
         """Give the parameters the gradient of the whole batch's mean loss; returns this rank's own mean, shape ().
 
         Within a loop over `batches` it is known how many samples the others have; elsewhere the ranks ask each other.
+
+        Args:
+            net: the network.
+            loss: per-sample values.
+            batch: this rank's part.
+            portions: in how many parts it passes through the network; only the last waits for other ranks.
+            scale: as for `Replica.gradients`.
+
+        Raises:
+            TypeError: the batch can't be cut into portions.
+            ValueError: `portions` is not positive.
         """
         if self._replica is None or self._replica.net is not net:
             self._replica = Replica(net, self._party)
         num, total = self._share or (data.length(batch), None)
-        [values] = self._replica.gradients(loss, [Portion(batch, num)], total)
-        return values.mean()
+        found = self._replica.gradients(loss, _cut(batch, num, portions), total, scale=scale)
+        return found[0].mean() if len(found) == 1 else torch.cat(found).mean()
 
     def wrapped(self, net: torch.nn.Module) -> torch.nn.Module:
         """The network for a loop of the job's own; see `replica.wrapped`."""
@@ -101,3 +116,12 @@ class Team:
         values = torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu")
         self._party.group.broadcast([values])
         return dict(zip(numbers, values.tolist(), strict=True))
+
+
+def _cut(batch: Batch, num: int, portions: int) -> list[Portion]:
+    if portions < 1:
+        raise ValueError(f"portions is in how many parts a batch is taken, at least 1, not {portions}")
+    if portions == 1 or num < 2:
+        return [Portion(batch, num)]
+    parts = [Part.of(num, number, min(portions, num)) for number in range(min(portions, num))]
+    return [Portion(data.part(batch, one.first, one.last), one.num) for one in parts]

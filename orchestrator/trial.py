@@ -18,10 +18,10 @@ import contextlib
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -33,9 +33,13 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.course import Astray, Course, Loop, Place
 from orchestrator.dist import Group
 from orchestrator.keeper import Interrupted, Keeper
+from orchestrator.loading import Augment
 from orchestrator.meeting import Party
+from orchestrator.metrics import Derived
 from orchestrator.objective import Diverged, Objective, finite
+from orchestrator.precision import Losses, Precision
 from orchestrator.records import Cause, Status
+from orchestrator.sampling import Order, Weights
 from orchestrator.settings import refuse_inexact
 from orchestrator.spec import Metric
 from orchestrator.statetree import Tree
@@ -45,7 +49,6 @@ from orchestrator.team import Team
 
 __all__ = ["Diverged", "State", "Trial", "stream"]
 
-Losses: TypeAlias = "Callable[[torch.nn.Module, object], torch.Tensor | Mapping[str, torch.Tensor]]"
 Reported: TypeAlias = "float | torch.Tensor | Summary"
 
 _PROGRESS = 1
@@ -61,19 +64,46 @@ def stream(seed: int, purpose: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+class Schedule(Protocol):
+    """What changes the learning rate as training goes on, such as the schedulers of `torch.optim.lr_scheduler`."""
+
+    def step(self) -> None:
+        """Another step, or another epoch, is done."""
+
+
 class State:
     """What belongs to a trial in training; what `build` returns.
 
     Args:
         net: the network.
         opt: its optimizer.
-        others: schedulers, scalers and the like, by name; each has `state_dict` and `load_state_dict`.
+        each_step: a scheduler that steps with the optimizer, in `trial.step`.
+        each_epoch: a scheduler that steps at the end of each epoch of `trial.epochs`.
+        others: whatever else has a state, such as averages, and schedulers that the job itself steps, by name; each has
+            `state_dict` and `load_state_dict`.
+
+    Raises:
+        TypeError: a scheduler that can't step by itself.
     """
 
-    def __init__(self, *, net: torch.nn.Module, opt: torch.optim.Optimizer | None = None, **others: object) -> None:
+    def __init__(
+        self,
+        *,
+        net: torch.nn.Module,
+        opt: torch.optim.Optimizer | None = None,
+        each_step: Schedule | None = None,
+        each_epoch: Schedule | None = None,
+        **others: object,
+    ) -> None:
         self.net = net
         self.opt = opt
-        self.others = others
+        self.each_step = each_step
+        self.each_epoch = each_epoch
+        schedules = {"each_step": each_step, "each_epoch": each_epoch}
+        for name, one in schedules.items():
+            if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                raise TypeError(f"{name} wants no metric to step: give a {type(one).__name__} another name and step it")
+        self.others = {**others, **{name: one for name, one in schedules.items() if one is not None}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +156,8 @@ class Trial:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.group = Group.alone() if party is None else party.group
         self._team = None if party is None or party.world_size == 1 else Team(party, partial(stream, seed))
+        self._steps = self._team or Team(Party.alone(), partial(stream, seed))
+        self._precision = Precision(device=self.device)
         self.epoch = 0
         self.num_steps = 0
         self.state: State | None = None
@@ -173,31 +205,47 @@ class Trial:
             raise RuntimeError("call trial.build(build) or trial.keep(net=..., opt=...) before training")
         return self.state
 
-    def build(self, build: Callable[..., State]) -> State:
+    def build(self, build: Callable[..., State], *, precision: str = "float32") -> State:
         """Seed, call `build` with the parameters that it takes, and place what it returns on the trial's device.
+
+        Args:
+            build: makes network and optimizer.
+            precision: of what `step` and `validate` compute: "float32", "bf16", or "fp16" on CUDA; weights are float32.
 
         Raises:
             TypeError: `build` doesn't return `orc.State`, or doesn't fit the parameters.
+            ValueError: there is no such precision on the trial's device.
         """
+        self._precision = Precision.of(precision, self.device)
         torch.manual_seed(stream(self.seed, "build"))
         # Modules are made on the CPU anyway, and every operation in this context passes through Python.
         with contextlib.nullcontext() if self.device.type == "cpu" else self.device:
             state = build(**self._build_params)
         if not isinstance(state, State):
             raise TypeError(f"{build.__name__} must return orc.State(net=..., opt=...), not {type(state).__name__}")
+        if (scaler := self._precision.scaler) is not None and state.others.setdefault("scaler", scaler) is not scaler:
+            raise TypeError("precision 'fp16' brings its own scaler: leave the one of orc.State out")
         torch.manual_seed(stream(self.seed, "train"))
         self.state = state
         return state
 
     def keep(
-        self, *, net: torch.nn.Module, opt: torch.optim.Optimizer | None = None, **others: object
+        self,
+        *,
+        net: torch.nn.Module,
+        opt: torch.optim.Optimizer | None = None,
+        each_step: Schedule | None = None,
+        each_epoch: Schedule | None = None,
+        **others: object,
     ) -> tuple[torch.nn.Module, torch.optim.Optimizer | None]:
         """Place a network and its optimizer that the job made itself; returns them as they are to be used.
+
+        The arguments are those of `State`.
 
         With several ranks the network that is returned averages the gradients of all ranks in each backward.
         """
         net.to(self.device)
-        self.state = State(net=net, opt=opt, **others)
+        self.state = State(net=net, opt=opt, each_step=each_step, each_epoch=each_epoch, **others)
         return net if self._team is None else self._team.wrapped(net), opt
 
     # Training
@@ -215,6 +263,8 @@ class Trial:
                 yield epoch
                 self._course.take(loop)
                 self._num_epochs += 1
+                if self.state is not None and self.state.each_epoch is not None:
+                    self.state.each_epoch.step()
                 self._num_own += self._at == before  # for a job whose steps and batches are its own
                 if epoch + 1 < num:
                     self._pass(loop)
@@ -222,7 +272,18 @@ class Trial:
             self._course.end(loop)
 
     def batches(
-        self, samples: object, batch_size: int = 64, *, shuffle: bool = True, drop_last: bool = False
+        self,
+        samples: object,
+        batch_size: int = 64,
+        *,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        weights: Weights | None = None,
+        replacement: bool = True,
+        num: int | None = None,
+        augment: Augment | None = None,
+        keyed: bool = False,
+        loaders: int = 0,
     ) -> Iterator[data.Batch]:
         """The batches of this epoch, on the trial's device, or those that are left.
 
@@ -230,35 +291,50 @@ class Trial:
         a trial that takes them is resumed at the begin of an epoch. With several ranks each is given its part of every
         batch.
 
+        A sample's key is a whole number that depends on the trial's seed, the epoch and the sample's index alone.
+
         Args:
             samples: see `orchestrator.data`.
             batch_size: samples a batch.
             shuffle: in random order.
             drop_last: leave out a last batch that is smaller.
+            weights: one for each sample, finite and not negative: the epoch's samples are drawn by these, in place of
+                each once.
+            replacement: whether a sample can be drawn again, by `weights`.
+            num: how many samples are drawn by `weights`; by default as many as there are, without replacement those of
+                weight above 0.
+            augment: called as `augment(sample, generator)` for each sample, with a generator seeded by its key; gives
+                the sample to train on.
+            keyed: each batch ends with the keys of its samples, int64, shape (batch,): (x, y, keys); see
+                `orchestrator.augment` for what draws from them. A batch that is a dict gets them as "key".
+            loaders: how many processes read the samples; for a data set that takes its time for each.
 
         Raises:
-            TypeError: it is a DataLoader, and there are several ranks.
+            TypeError: it is a DataLoader, and there are several ranks, or something is given that it would decide.
+            ValueError: the weights don't fit the samples, or not to what else is given; or `loaders` is negative.
         """
         if data.is_loader(samples):
-            return self._loaded(samples)
-        num = data.num_samples(samples)  # type: ignore[arg-type]  # it checks what it is given
-        num_kept = num - num % batch_size if drop_last else num
+            return self._loaded(samples, is_plain=weights is None and augment is None and not keyed and not loaders)
+        size = data.num_samples(samples)  # type: ignore[arg-type]  # it checks what it is given
+        order = Order.of(size, shuffle=shuffle, weights=weights, replacement=replacement, num=num)
+        num_kept = order.num - order.num % batch_size if drop_last else order.num
         whole = self._keeper is not None and self._keeper.only_epochs
         loop = self._course.begin(opens=False, is_own=not whole)
 
-        def source(first: int) -> Iterator[data.Batch]:
-            order = self._order(num)[:num_kept] if shuffle else None
+        def source(first: int) -> Generator[data.Batch, None, None]:
+            indices = order.indices(stream(self.seed, f"order/{self.epoch}"))
+            seed = stream(self.seed, f"sample/{self.epoch}")
+            prepared = data.prepared(samples, seed, augment=augment, keyed=keyed, loaders=loaders)  # type: ignore[arg-type]
             taken = data.batches if self._team is None else self._team.batches
-            return taken(samples, order, batch_size, num_kept, self.device, first)  # type: ignore[arg-type]
+            return taken(
+                prepared, None if indices is None else indices[:num_kept], batch_size, num_kept, self.device, first
+            )
 
         return self._each_batch(loop, source, -(-num_kept // batch_size))
 
-    def _order(self, num: int) -> torch.Tensor:
-        """A permutation of `num` samples, this epoch's."""
-        generator = torch.Generator().manual_seed(stream(self.seed, f"order/{self.epoch}"))
-        return torch.randperm(num, generator=generator)
-
-    def _loaded(self, loader: object) -> Iterator[data.Batch]:
+    def _loaded(self, loader: object, *, is_plain: bool) -> Iterator[data.Batch]:
+        if not is_plain:
+            raise TypeError("a DataLoader has its own order and samples: pass trial.batches the data set itself")
         if self._team is not None:
             raise TypeError(
                 f"trial.batches was given a DataLoader, whose batches can't be dealt to {self.group.world_size} ranks: "
@@ -269,42 +345,61 @@ class Trial:
         loop = self._course.begin(opens=False, is_own=False)
         return self._each_batch(loop, lambda _: (data.to_device(batch, self.device) for batch in loader), 0)
 
-    def _each_batch(self, loop: Loop, source: Callable[[int], Iterator[data.Batch]], num: int) -> Iterator[data.Batch]:
+    def _each_batch(
+        self, loop: Loop, source: Callable[[int], Generator[data.Batch, None, None]], num: int
+    ) -> Iterator[data.Batch]:
         keeper, num_own = self._keeper, self._num_own
         try:
             first = self._first(loop, num)
             if loop.is_behind:
                 return
-            for batch in source(first):
-                loop.num_given += 1
-                before = self.num_steps
-                yield batch
-                self._num_own += self.num_steps == before
-                # Not after the last one: a job that went on there would lack what it had from it.
-                if keeper is not None and keeper.clock() >= keeper.look_s and loop.num_given != num:
-                    self._pass(loop)
+            with contextlib.closing(source(first)) as given:  # whatever ends this, loaders end with it
+                for batch in given:
+                    loop.num_given += 1
+                    before = self.num_steps
+                    yield batch
+                    self._num_own += self.num_steps == before
+                    # Not after the last one: a job that went on there would lack what it had from it.
+                    if keeper is not None and keeper.clock() >= keeper.look_s and loop.num_given != num:
+                        self._pass(loop)
         finally:
             if not self._course.end(loop):
                 self._num_own = num_own  # it was no training
 
-    def step(self, losses: Losses, batch: data.Batch) -> float | torch.Tensor:
+    def step(
+        self, losses: Losses, batch: data.Batch, *, portions: int = 1, clip_norm: float | None = None
+    ) -> float | torch.Tensor:
         """One optimizer step on the mean of the batch's losses; returns that mean, detached, shape ().
 
         With several ranks the step is that of the whole batch, and the mean that of this rank's part.
+
+        Args:
+            losses: per-sample values; see the module.
+            batch: as `batches` gives it.
+            portions: in how many parts the batch passes through the network, to save memory; each rank's, where there
+                are several. Their gradients add up to that of the whole.
+            clip_norm: the most that the norm of all gradients together may be.
+
+        Raises:
+            TypeError: the batch can't be cut into portions.
+            ValueError: `portions` or `clip_norm` is not positive.
         """
-        net, opt = self.net, self.opt
+        net, opt, precision = self.net, self.opt, self._precision
         if not net.training:
             net.train()
         _clear_gradients(opt)
-        if self._team is not None:
-            mean = self._team.gradients(net, partial(_loss, losses), batch)
-        else:
+        losses = precision.applied(losses)
+        if self._team is None and portions == 1 and precision.scaler is None:
             loss = _loss(losses, net, batch)
             # What backward() of the mean would pass on, bit for bit, without putting the mean into the graph.
             loss.backward(torch.full_like(loss, 1.0 / loss.numel()))  # type: ignore[no-untyped-call]  # torch's gap
             mean = loss.detach().mean()
-        opt.step()
+        else:
+            mean = self._steps.gradients(net, partial(_loss, losses), batch, portions=portions, scale=precision.scale)
+        has_stepped = precision.step(opt, net.parameters(), clip_norm=clip_norm)
         self.num_steps += 1
+        if has_stepped and (schedule := self._state().each_step) is not None:
+            schedule.step()
         return mean
 
     # Safe points
@@ -415,12 +510,21 @@ class Trial:
 
     @torch.no_grad()
     def validate(
-        self, losses: Losses, samples: object, *, batch_size: int = _VALIDATION_BATCH, prefix: str = "val_"
+        self,
+        losses: Losses,
+        samples: object,
+        *,
+        batch_size: int = _VALIDATION_BATCH,
+        prefix: str = "val_",
+        derived: Mapping[str, Derived] | None = None,
     ) -> dict[str, float]:
         """Evaluate all samples and report the exact mean of every value that `losses` gives, as `val_<name>`.
 
         The mean is that of the exact sum, correctly rounded, whatever the order of the batches. One sample that is NaN
         or infinite makes the mean NaN. `summaries` then has more than the means.
+
+        Values named "weight" are the samples' weights in all means. Those whose names begin with "_" are not reported:
+        they are there for what is `derived`.
 
         With several ranks all call this. Batch j goes to rank j mod world size, with rank 0's buffers, so the result is
         the same in every bit whatever their number, and there may be fewer batches than ranks.
@@ -430,24 +534,29 @@ class Trial:
             samples: see `orchestrator.data`; not a DataLoader, since whole batches are dealt.
             batch_size: samples a batch, in the order of the data set.
             prefix: before each reported name.
+            derived: what is reported beside the means, by name: functions of the Summaries of all values that `losses`
+                gives, by their names, such as those of `orchestrator.metrics`.
 
         Raises:
             ValueError: there is no sample, or `losses` gives other than one value a sample; or ranks differ in how
-                many samples they have. Every rank raises.
+                many samples they have; or something is derived under a name that `losses` gives. Every rank raises.
             PeerLost: a rank is gone or silent.
         """
         if self._course.is_under_way:
             return self._answered()
         num = self._agreed(samples, batch_size)
+        losses = self._precision.applied(losses)
         values = self._evaluated(losses, data.dealt(samples, batch_size, num, self.device, *self._seat))  # type: ignore[arg-type]
-        found = self._reduced({prefix + name: torch.cat(parts) for name, parts in values.items()}, batch_size)
+        found = self._reduced({name: torch.cat(parts) for name, parts in values.items()}, batch_size)
         for name, value in found.items():
             if _num_values(value) != num:
                 raise ValueError(
-                    f"{name}: losses must give one value a sample: expected {num}, found {_num_values(value)}"
+                    f"{prefix}{name}: losses must give one value a sample: expected {num}, found {_num_values(value)}"
                 )
-        self._validated.update(found)
-        return self.report_all(found)
+        self._validated.update({prefix + name: value for name, value in found.items()})
+        reported = {name: value for name, value in found.items() if not name.startswith("_")}
+        further = _derived({name: _summary(value) for name, value in found.items()}, derived) if derived else {}
+        return self.report_all({prefix + name: value for name, value in (reported | further).items()})
 
     @property
     def summaries(self) -> Mapping[str, Summary]:
@@ -486,12 +595,14 @@ class Trial:
 
     def _reduced(self, values: Mapping[str, torch.Tensor], batch_size: int) -> Mapping[str, torch.Tensor | Summary]:
         """The Summary of all ranks' values by name. One process has them all: its means take a fifth of the time."""
-        if self.group.world_size == 1:
+        weights = values.get("weight")
+        values = {name: one for name, one in values.items() if name != "weight"}
+        if self.group.world_size == 1 and weights is None:
             return values
         mine: list[tuple[Key, Summary]] = []
         for name, one in values.items():
             keys = _sample_keys(len(one), batch_size, *self._seat).numpy()
-            mine.append((name, Summary.of_samples(one, keys=keys)))
+            mine.append((name, Summary.of_samples(one, weights, keys=keys)))
         return {str(name): one for name, one in self.group.reduce(SummaryMap.of(mine)).entries}
 
     def report(self, *, step: int | None = None, **metrics: Reported) -> dict[str, float]:
@@ -582,7 +693,19 @@ def _clear_gradients(opt: torch.optim.Optimizer) -> None:
 
 
 def _loss(losses: Losses, net: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
-    return _named(losses(net, batch))["loss"]
+    values = _named(losses(net, batch))
+    loss, weight = values["loss"], values.get("weight")
+    if weight is None:
+        return loss
+    if weight.shape != loss.shape:
+        raise ValueError(f"losses must give as many weights as losses, found {len(weight)} for {len(loss)}")
+    return loss * weight.detach()
+
+
+def _derived(found: Mapping[str, Summary], metrics: Mapping[str, Derived]) -> dict[str, float]:
+    if twice := found.keys() & metrics.keys():
+        raise ValueError(f"derived: {', '.join(sorted(twice))}: losses gives values of that name; derive under another")
+    return {name: metric(found) for name, metric in metrics.items()}
 
 
 def _named(values: torch.Tensor | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

@@ -75,7 +75,10 @@ trap orc_heard TERM USR1
 # With --export, sbatch sets this one, and srun would then hide from the worker what the prologue has set.
 unset SLURM_EXPORT_ENV
 
-orc_box=$(mktemp -d -t orc.XXXXXXXX 2>/dev/null) || orc_box=$(mktemp -d /tmp/orc.XXXXXXXX) || exit 1
+# Named after this process, so that a later worker on this machine removes it if this script is killed.
+{ read -r orc_boot </proc/sys/kernel/random/boot_id; orc_space=$(readlink /proc/self/ns/pid); } 2>/dev/null
+orc_box="orc-${orc_boot%%-*}-${orc_space//[!0-9]/}-$$-XXXXXXXX"
+orc_box=$(mktemp -d -t "$orc_box" 2>/dev/null) || orc_box=$(mktemp -d "/tmp/$orc_box") || exit 1
 export ORC_READY="$orc_box/ready" ORC_ACK="$orc_box/heard"
 orc_worker=$((0 + SLURM_ARRAY_TASK_ID))
 orc_told=${ORC_NOTICE:-}

@@ -2,12 +2,57 @@
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+import torch
 from hypothesis import HealthCheck, settings
+from invariants import newest_process, processes_naming, until
+
+torch.set_num_threads(1)  # several processes share the processors: with more threads than those, each waits for others
 
 # No deadline: a shared machine is slow now and then, and a slow example is no wrong example.
 _SHARED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("test", max_examples=100, **_SHARED)
 settings.register_profile("soak", max_examples=1000, **_SHARED)
 settings.load_profile("soak" if os.environ.get("ORC_SOAK") else "test")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch() -> Iterator[Path]:
+    """A temporary folder for what this process starts, so that what is left there is ours; short, for sockets."""
+    multiprocessing.util.get_temp_dir()  # made now, it is elsewhere: it is removed later than this one
+    before = os.environ.get("TMPDIR")
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    os.environ["TMPDIR"], tempfile.tempdir = str(folder), None
+    yield folder
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
+    tempfile.tempdir = None
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(request: pytest.FixtureRequest, _scratch: Path) -> Iterator[None]:
+    """After every test: no process of its folder, and so no port, and no temporary file of the product's."""
+    newest = newest_process()
+    yield
+    folder = request.node.funcargs.get("tmp_path")
+    if folder is not None:
+        until(
+            lambda: not processes_naming(folder, since=newest),
+            lambda: f"the test has left running: {processes_naming(folder, since=newest)}",
+        )
+    until(lambda: not temporary(_scratch), lambda: f"the test has left: {temporary(_scratch)}")
+
+
+def temporary(folder: Path) -> list[str]:
+    """What the product has put into a temporary folder."""
+    return sorted(name for name in os.listdir(folder) if name.startswith("orc"))  # noqa: PTH208 (a tenth of the time)

@@ -27,8 +27,10 @@ __all__ = [
     "check",
     "counting",
     "leftovers",
+    "newest_process",
     "nothing_is_left",
     "one_record_counts",
+    "processes_naming",
     "processes_of",
     "the_counts_add_up",
     "until",
@@ -160,6 +162,28 @@ def processes_of(paths: SweepPaths, jobs: Jobs = NO_JOBS) -> list[str]:
     """Command lines of processes that are at work on a sweep, or are of one of `jobs`; they hold the ports, too."""
     entries = (entry for entry in Path("/proc").iterdir() if entry.name.isdigit() and entry.name != str(os.getpid()))
     return [text for entry in entries if (text := _named(entry, os.fsencode(paths.root), jobs))]
+
+
+def newest_process() -> int:
+    """The number of the process that this machine has started last."""
+    return int(Path("/proc/loadavg").read_text().split()[-1])
+
+
+def processes_naming(folder: Path, *, since: int) -> list[str]:
+    """Command lines of processes that name a folder in them, or in their environment, and are newer than one.
+
+    Only those are looked at, which takes a few milliseconds. Numbers begin anew when they are used up; then all are.
+    What `multiprocessing` keeps for the next test is nobody's.
+    """
+    newest = newest_process()
+    if newest == since:
+        return []
+    first = since + 1 if newest > since else 1
+    numbers = (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208 (a tenth of the time)
+    own = {os.getpid(), os.getppid()}
+    entries = (Path("/proc") / str(number) for number in numbers if number >= first and number not in own)
+    found = (_named(entry, os.fsencode(folder), NO_JOBS) for entry in entries)
+    return [text for text in found if text and "multiprocessing" not in text]
 
 
 def _named(entry: Path, root: bytes, jobs: Jobs) -> str:

@@ -1,10 +1,13 @@
 """Kills a process before, in the middle of, and after each of its system calls that change a file.
 
-    for kill in kill_everywhere(act): ...       a kill a time: make the scene in the body, `kill()` runs `act` in it
+    for kill in kill_everywhere(act): ...       a kill at a time: make the scene in the body, `kill()` runs `act` in it
+    run_apart(act)                              to its end, in a fork as well: nothing of it is left in this process
 
-The n-th kill ends a fork of this process by SIGKILL at its n-th call, so nothing is cleaned up and no buffer is
-flushed, as when the kernel or Slurm ends it. The calls are wrapped where Python makes them, in `os`: hundreds of kills
-take as long as one under strace, which `test_store.py` uses to see that no call is made that is not wrapped here.
+The n-th kill ends a fork of this process by SIGKILL at its n-th moment, so nothing is cleaned up and no buffer is
+flushed, as when the kernel or Slurm ends it. A moment is just before a call, which is just after the one before it, or
+the middle of a write, when half of it has reached the file; the last one of all is just after the last call. The calls
+are wrapped where Python makes them, in `os`: hundreds of kills take as long as one under strace. A file that is opened
+for writing in another way would escape them, and ends the fork with an error.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Kill", "kill_everywhere"]
+__all__ = ["Kill", "kill_everywhere", "run_apart"]
 
-CALLS = ("open", "write", "fsync", "rename", "replace", "link", "unlink", "remove", "mkdir", "rmdir", "truncate")
-LIMIT_S = 30
+CALLS = (
+    *("open", "write", "fsync", "rename", "replace", "link", "symlink", "unlink", "remove"),
+    *("mkdir", "rmdir", "chmod", "truncate", "ftruncate"),
+)
+LIMIT_S = 120
 _MOST = 2000
 _FAILED = 99
 
@@ -53,20 +59,24 @@ def _fdopen(handle: int, mode: str = "r", buffering: int = -1, *rest: Any, **mor
 
 
 class _Countdown:
-    """Ends the process at the n-th call, counted from 1."""
+    """Ends the process at the n-th moment, counted from 1."""
 
     def __init__(self, left: int) -> None:
         self._left = left
 
+    def moment(self) -> None:
+        self._left -= 1
+        if not self._left:
+            end()
+
     def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **options: Any) -> Any:
-            self._left -= 1
-            if self._left:
-                return call(*arguments, **options)
-            if name == "write":  # torn: half of it reaches the file
+            self.moment()
+            if name == "write" and self._left == 1:
                 call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-            raise AssertionError("unreachable")
+            if name == "write":
+                self.moment()
+            return call(*arguments, **options)
 
         return counted
 
@@ -74,6 +84,20 @@ class _Countdown:
         os.fdopen = _fdopen
         for name in CALLS:
             setattr(os, name, self.wrap(name, getattr(os, name)))
+        sys.addaudithook(_look)
+
+
+def end() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def _look(event: str, arguments: tuple[Any, ...]) -> None:
+    """Refuse what `open` opens for writing by its name: those writes are not seen."""
+    if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        if isinstance(arguments[0], int) or os.fspath(arguments[0]) == os.devnull:
+            return
+        raise AssertionError(f"{arguments[0]} is opened for writing past the calls of os")
 
 
 @dataclass(slots=True)
@@ -98,8 +122,10 @@ def _run(act: Callable[[], object], number: int) -> None:
     """In the fork: never returns, and never runs what the test runner would do at its end."""
     signal.alarm(LIMIT_S)
     try:
-        _Countdown(number).install()
+        countdown = _Countdown(number)
+        countdown.install()
         act()
+        countdown.moment()  # just after the last call
         os._exit(0)
     except BaseException as error:  # it must not reach the test runner in the fork
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
@@ -107,7 +133,7 @@ def _run(act: Callable[[], object], number: int) -> None:
 
 
 def kill_everywhere(act: Callable[[], object]) -> Iterator[Kill]:
-    """A kill at the first call of `act`, at the second, ..., until one comes to its end.
+    """A kill at the first moment of `act`, at the second, ..., until one comes to its end.
 
     Each is to be called once in the body of the loop, after the scene was made.
     """
@@ -117,4 +143,11 @@ def kill_everywhere(act: Callable[[], object]) -> Iterator[Kill]:
         if not kill.happened:
             assert number > 2, "it makes no calls that are seen"
             return
-    raise AssertionError(f"more than {_MOST} calls")
+    raise AssertionError(f"more than {_MOST} moments")
+
+
+def run_apart(act: Callable[[], object]) -> None:
+    """Run `act` to its end in a fork."""
+    kill = Kill(act, _MOST)
+    kill()
+    assert not kill.happened, f"more than {_MOST} moments"

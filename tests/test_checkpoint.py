@@ -8,10 +8,8 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from killpoints import kill_everywhere
 from sweeps import names, no_room_after
 
 from orchestrator import checkpoint, store
@@ -286,48 +285,19 @@ def test_fault_20_killed_while_saving_the_newest_complete_checkpoint_is_used(tmp
     assert names(tmp_path / "3") == sorted(path.name for path in folder(tmp_path).files())
 
 
-CALLS = ("mkdir", "open", "fsync", "close", "rename", "unlink", "listdir", "scandir")
-
-
-def killed_at(call: int, body: Callable[[], object]) -> bool:
-    """Run `body` in a child that kills itself just before its `call`-th call on files; whether it came to that."""
-    child = os.fork()
-    if child == 0:
-        left = [call]
-
-        def counted(real: Callable[..., object]) -> Callable[..., object]:
-            def wrapper(*arguments: object, **options: object) -> object:
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*arguments, **options)
-
-            return wrapper
-
-        for name in CALLS:
-            setattr(os, name, counted(getattr(os, name)))
-        try:
-            body()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @pytest.mark.parametrize("first", [True, False])
 def test_fault_16_a_kill_at_any_call_of_a_save_leaves_the_old_or_the_new(tmp_path: Path, *, first: bool) -> None:
     before = 0 if first else 2
-    for call in range(100):
+    for kill in kill_everywhere(lambda: save(folder(tmp_path, keep=1), 3)):
         shutil.rmtree(tmp_path / "3", ignore_errors=True)
         save(folder(tmp_path, OTHER), *range(1, before + 1))
-        was_killed = killed_at(call, lambda: save(folder(tmp_path, keep=1), 3))
+        kill()
         said: list[str] = []
         assert (number_of(folder(tmp_path, said=said).newest()) or 0) in (before, 3)
         assert said == []
-        if not was_killed:
-            break
     assert number_of(folder(tmp_path).newest()) == 3
-    assert call >= 8
+    assert kill.number >= 8
 
 
 class Bomb:

@@ -120,11 +120,24 @@ def test_a_writer_that_was_never_seen_gets_its_lease_too(paths: SweepPaths) -> N
 def test_a_look_starts_the_time_of_every_writer(paths: SweepPaths) -> None:
     clock = Clock()
     growth = Growth(paths, 10.0, clock=clock)
-    paths.record("w").touch()
+    one, other = "a" * 32, "b" * 32
+    paths.record(one).touch()
     growth.look()
     clock.now = 10.0
-    assert growth.silent("w")
-    assert not growth.silent("v")
+    assert growth.silent(one)
+    assert not growth.silent(other)
+
+
+def test_a_look_passes_over_what_is_no_record_file(paths: SweepPaths) -> None:
+    clock, odd = Clock(), ("notes", "A" * 32, "a" * 31)
+    growth = Growth(paths, 10.0, clock=clock)
+    for name in odd:
+        paths.record(name).touch()
+    paths.record("c" * 32).symlink_to(paths.record("notes"))
+    paths.record("d" * 32).mkdir()
+    growth.look()
+    clock.now = 10.0
+    assert not any(growth.silent(name) for name in (*odd, "c" * 32, "d" * 32)), "their time begins only now"
 
 
 def test_a_file_time_means_nothing(paths: SweepPaths) -> None:

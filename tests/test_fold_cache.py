@@ -16,11 +16,12 @@ from types import SimpleNamespace
 
 import pytest
 from histories import FILES, NUM, WRITERS, begun, done, empty, ended, put, shows, view, writer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sweeps import no_room_after
 
 from orchestrator import fold as folding
+from orchestrator import trust
 from orchestrator.errors import FolderError, OrcError
 from orchestrator.fold import Fold, cache, leaders, parallel
 from orchestrator.fold import table as tables
@@ -122,7 +123,17 @@ def test_fault_41_every_way_to_fold_late_lines_equals_a_cold_fold(
             assert view(folded(paths, eager=data.draw(st.booleans()))) == cold(paths)
 
 
+ENDED_TWICE: list[JsonObject] = [
+    {"kind": "beat"},
+    {"kind": "end", "trial": 2, "attempt": 0, "cause": "error", "detail": "because"},
+    {"kind": "beat"},
+    {"kind": "end", "trial": 2, "attempt": 0, "cause": "signal", "detail": "because"},
+]
+
+
 @given(FILES, st.integers(0, NUM), st.booleans(), st.booleans())
+@example([ENDED_TWICE], 0, False, True)
+@example([ENDED_TWICE, ENDED_TWICE[::-1]], 0, True, True)
 def test_ranges_of_trials_add_up_to_all_of_them(
     files: list[list[JsonObject]], cut: int, has_cache: bool, eager: bool
 ) -> None:
@@ -291,7 +302,7 @@ def test_a_cache_that_others_could_have_written_is_not_read(
 ) -> None:
     lie(saved)
     state = SimpleNamespace(st_mode=stat.S_IFREG | mode, st_uid=owner, st_mtime_ns=saved.fold_cache.stat().st_mtime_ns)
-    monkeypatch.setattr(cache, "os", SimpleNamespace(fstat=lambda _: state, getuid=os.getuid))
+    monkeypatch.setattr(trust, "os", SimpleNamespace(fstat=lambda _: state, getuid=os.getuid))
     assert (folded(saved).value(3) == 9.5) is is_believed
 
 
@@ -317,6 +328,33 @@ def test_what_was_seen_beyond_a_hole_is_not_cached(paths: SweepPaths) -> None:
         assert folded(paths, eager=True).missing() == [1, 2, 3]
         fold.update()
     assert view(folded(paths)) == view(fold) == cold(paths)
+
+
+@given(FILES, st.data())
+def test_fault_41_a_fold_of_lines_that_come_and_go_equals_a_cold_one(
+    files: list[list[JsonObject]], data: st.DataObject
+) -> None:
+    """Beyond a hole lines may turn to zeros again, as long as the hole is there: nothing of them counts any more."""
+    with tempfile.TemporaryDirectory() as folder, at_once():
+        paths = empty(Path(folder))
+        kept, eager = Fold(paths, NUM), Fold(paths, NUM, eager=True)
+        for name, lines in zip(WRITERS, files, strict=False):
+            put(paths, name, *lines)
+        whole = {path: path.read_bytes() for path in paths.records.iterdir()}
+        for step in range(4):
+            for path, content in whole.items():
+                path.write_bytes(holed(content, data) if step < 3 else content)
+            for fold in (kept, eager):
+                fold.update()
+                assert fold.update() == 0
+                assert view(fold) == cold(paths)
+
+
+def holed(content: bytes, data: st.DataObject) -> bytes:
+    """A file of which the first line is not visible, and a part of the others."""
+    begin = content.find(b"\n")
+    first, last = sorted(data.draw(st.integers(begin + 1, len(content))) for _ in range(2))
+    return bytes(begin) + content[begin:first] + bytes(last - first) + content[last:]
 
 
 def test_a_torn_last_line_does_not_keep_the_rest_from_the_cache(saved: SweepPaths) -> None:

@@ -14,24 +14,32 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 # A room may import the rooms above it, and those beside it where that makes no circle. A folder is one room.
 HOUSE = [
     "errors wording signals",  # the tree of errors; texts; signals as data
-    "paths store",  # every file name; durable files
-    "yaml12 space spec identity vitals exact",  # the words of a sweep file; a process's identity; exact sums
+    "paths store trust",  # every file name; durable files; other users
+    "yaml12 space spec identity vitals exact scratch",  # the words of a sweep file; a process's identity and folders
     "sweepfile signatures plan render sketch ranking tree",  # pure: file text, plan, script text
-    "reading limbs cells samples summary algebra wire",  # pure: the monoid, and those made of it
+    "reading limbs cells samples summary algebra wire metrics",  # pure: the monoid, and those made of it
     "records claims fold objective models effects curves resumption",  # outcomes, join, merge; what is kept
     "reduction parts share",  # ranges of trials that reducers merge
     "code job slurm local ledger handover submit",  # the user's code; Slurm's commands, and only here; submissions
     "channel source command requeue notices reducer pace course budgets",  # the running side, free of torch
-    "data settings dist statetree checkpoint capture saver",  # the only rooms with torch, and those of the next row
-    "roll meeting replica agreement concord team rank keeper trial worker rendezvous ranks",
+    "augment loading sampling losses readers",  # samples and what is made of them; with torch, as the next two rows
+    "data precision settings dist statetree checkpoint capture saver",  # only these rows have torch
+    "roll meeting replica agreement concord team rank keeper trial worker",
+    "members stack optimizers pack rendezvous ranks",
     "forkserver children crew supervisor",  # what Slurm starts; workers are its children
-    "intake sweep lab show watch running preview logs examples cli",  # what a person calls
+    "intake sweep lab show watch tending running preview logs examples cli",  # what a person calls
     "__init__ __main__",
 ]
 ROW = {room: row for row, rooms in enumerate(HOUSE) for room in rooms.split()}
 
 TORCH = {
+    "augment",
+    "loading",
+    "sampling",
+    "losses",
+    "readers",
     "data",
+    "precision",
     "settings",
     "dist",
     "statetree",
@@ -48,6 +56,10 @@ TORCH = {
     "keeper",
     "trial",
     "worker",
+    "members",
+    "stack",
+    "optimizers",
+    "pack",
     "rendezvous",
     "ranks",
 }

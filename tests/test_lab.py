@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +227,21 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
         with pytest.raises(UsageError, match="not empty and not a lab's folder"):
             act()
     assert (tmp_path / "state" / "thesis").read_text() == "mine"
+
+
+def test_a_folder_that_another_command_makes_a_lab_at_that_moment_is_a_lab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = Path.iterdir
+
+    def late(folder: Path) -> Iterator[Path]:
+        if folder == tmp_path / "lab":
+            (folder / ".lab.lock").touch()
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    (tmp_path / "lab").mkdir()
+    assert Lab(tmp_path / "lab").down() is False
 
 
 @pytest.mark.parametrize("name", ["two words", "50%", "a,b", "#1", "a=b", 'quo"te', "new\nline", "back\\slash"])

@@ -10,8 +10,9 @@ from sweeps import Clock, names, no_room_after, records
 
 from orchestrator import store
 from orchestrator.errors import OrcError
+from orchestrator.fold import Fold
 from orchestrator.paths import SweepPaths
-from orchestrator.records import Cause, RecordWriter, Status, end, notice, outcome, report, start
+from orchestrator.records import Cause, RecordWriter, Status, Unrecordable, brief, end, notice, outcome, report, start
 
 
 @pytest.fixture
@@ -134,3 +135,39 @@ def test_a_disk_without_any_room_is_an_error_that_names_a_record_file(paths: Swe
     writer = RecordWriter(paths, {})
     with no_room_after(1), pytest.raises(OrcError, match=str(paths.records)):
         writer.append(start(trial=0, attempt=0))
+
+
+# Too long for a line
+
+
+def sized(num_bytes: int) -> store.JsonObject:
+    """An outcome that takes so many bytes as a line."""
+    made = outcome(trial=3, attempt=1, status=Status.COMPLETE, payload={"value": 0.5, "pad": ""}, seconds=0.0)
+    short = len(store.checked(made))  # a checksum has as many digits as it has
+    made["payload"] = {"value": 0.5, "pad": "x" * (num_bytes - short)}
+    return made
+
+
+def test_a_line_of_the_longest_that_readers_take_counts_and_a_longer_one_is_refused_by_name(paths: SweepPaths) -> None:
+    writer = RecordWriter(paths, {})
+    longest = next(line for cut in range(3) if len(store.checked(line := sized(store.LONGEST - cut))) <= store.LONGEST)
+    writer.append(longest)
+    with pytest.raises(
+        Unrecordable, match=r"trial 3, attempt 1: its outcome takes 17\.0 MiB, and a record holds 16 MiB"
+    ):
+        writer.append(start(trial=0, attempt=0), sized(17 << 20))
+    writer.append(start(trial=1, attempt=0))
+    writer.close()
+    assert kinds(paths) == ["writer", "outcome", "start"], "nothing of what came with it is written"
+    assert len(names(paths.records)) == 1, "the file is good, and is not abandoned"
+    fold = Fold(paths, 4)
+    fold.update()
+    assert (fold.value(3), fold.num_bad_lines) == (0.5, 0)
+
+
+def test_a_long_text_keeps_its_begin_and_its_end() -> None:
+    assert brief("short") == "short"
+    found = brief("a" * 5000 + "b" * 5000)
+    assert found.startswith("aaa")
+    assert found.endswith("bbb")
+    assert len(found) < 4100

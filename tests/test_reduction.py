@@ -410,7 +410,14 @@ def test_a_line_that_goes_as_another_comes_is_a_change(whole: SweepPaths) -> Non
     share = Share(whole, plan, tree, tree.root)
     assert share.update()
     assert share.reduction.num_missing == 1
+    first = share.reduction
     record.write_bytes(b"".join([*before[:2], b"\0\n", bytes(len(before[2]) - 1) + b"\n", *before[3:]]))
+    assert share.update()
+    cold = Share(whole, plan, tree, tree.root)
+    cold.update()
+    assert share.reduction == cold.reduction != first
+    assert share.reduction.num_missing == 1
+    record.write_bytes(b"".join(before))
     assert share.update()
     assert share.reduction.num_missing == 0
 

@@ -499,7 +499,7 @@ def test_a_notice_that_is_lost_is_repeated_until_it_is_acknowledged(form: str, b
 @pytest.mark.parametrize("form", ["trap", "srun"])
 def test_a_worker_that_can_t_listen_yet_is_not_killed_by_its_notice(form: str, bench: Bench) -> None:
     with bench.run(form, {"slow": 0.6}) as process:
-        wait_for(lambda: any((bench.root / "tmp").glob("orc.*")))
+        wait_for(lambda: any((bench.root / "tmp").glob("orc-*")))
         process.send_signal(signal.SIGTERM)
         assert finish(process) == (0, "")
     assert bench.told("left") == [0]

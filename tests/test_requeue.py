@@ -29,7 +29,13 @@ def situation(state: str, *, preempted: bool = False, restarts: int = 0, left_s:
         (situation("RUNNING", left_s=165.0), TIMEOUT),  # the controller may send it a minute early
         (situation("RUNNING", left_s=166.0), BY_HAND),
         (situation("RUNNING", left_s=None), BY_HAND),
+        (situation("CONFIGURING", left_s=100.0), TIMEOUT),
+        (situation("CONFIGURING", preempted=True), PREEMPTED),
         (situation("COMPLETING", restarts=1), LEAVE_REQUEUED),
+        (situation("RUNNING", restarts=1), LEAVE_REQUEUED),  # a later run of ours; this one is a lost node's late copy
+        (situation("RUNNING", restarts=1, left_s=100.0), LEAVE_REQUEUED),
+        (situation("RUNNING", restarts=1, preempted=True), LEAVE_REQUEUED),
+        (situation("CONFIGURING", restarts=1), LEAVE_REQUEUED),
         (situation("COMPLETING"), LEAVE_CANCELLED),
         (situation("COMPLETING", preempted=True), LEAVE_CANCELLED),
         (situation("CANCELLED"), LEAVE_CANCELLED),

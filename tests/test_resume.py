@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -40,8 +41,10 @@ class Process:
         metric: Metric | None = None,
         every: str = "1 steps",
         hears: Callable[[], list[str]] = list,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = folder
+        self.clock = clock
         self.job = job
         self.metric = metric or Metric()
         self.every = every
@@ -63,7 +66,12 @@ class Process:
         torch.manual_seed(stream(5, "global"))  # as a worker does before each trial
         checkpoints = Checkpoints(self.folder, Identity(sweep="s", trial=0), WRITER, say=self.said.append)
         keeper = Keeper(
-            checkpoints, Checkpoint(every=self.every), hears=hears, tells=self.told.append, say=self.said.append
+            checkpoints,
+            Checkpoint(every=self.every),
+            hears=hears,
+            tells=self.told.append,
+            say=self.said.append,
+            clock=self.clock,
         )
         try:
             return self._result(keeper, attempt)
@@ -419,7 +427,7 @@ def test_with_checkpoints_off_nothing_is_saved_and_a_notice_changes_nothing(tmp_
 
 
 def test_a_trial_of_a_moment_saves_nothing(tmp_path: Path) -> None:
-    process = Process(tmp_path / "short", usual, every="auto")
+    process = Process(tmp_path / "short", usual, every="auto", clock=lambda: 0.0)
     assert isinstance(process.run(), Result)
     assert not (tmp_path / "short").exists()
 

@@ -504,7 +504,8 @@ def supervisor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     seen = tmp_path / "seen"
     script = tmp_path / "python"
     dump = 'printf "%s\\n" "$@" "JOB=$SLURM_JOB_ID" "PYTHONPATH=$PYTHONPATH"'
-    script.write_text(f"#!/bin/bash\n{dump} > '{seen}.part'\nmv '{seen}.part' '{seen}'\nread -r < <(sleep 60)\n")
+    wait = f"mkfifo '{seen}.pipe'\n{dump} > '{seen}.part'\nmv '{seen}.part' '{seen}'\nread -r -t 60 <> '{seen}.pipe'\n"
+    script.write_text(f"#!/bin/bash\n{wait}")
     script.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(script))
     return seen

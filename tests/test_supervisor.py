@@ -128,6 +128,29 @@ def test_a_loss_that_is_not_finite_is_diverged_with_its_step(tmp_path: Path, val
     assert b'"min":null' in summary(paths)
 
 
+LONG_NAMES = """
+import json, os
+trial = int(os.environ["ORC_TRIAL"])
+name = ["a" * (17 << 20), "b" * 20_000, "c"][trial]
+with open(os.environ["ORC_REPORT"], "a") as file:
+    print(json.dumps({"loss" if trial == 1 else "val_loss": 0.5, name: 1}), file=file)
+"""
+
+
+def test_a_trial_that_reports_more_than_a_record_holds_failed_by_its_own_fault_and_costs_the_others_nothing(
+    tmp_path: Path,
+) -> None:
+    paths = make(tmp_path, trials=3, argv=(sys.executable, "-c", LONG_NAMES))
+    code, said = run(paths)
+    assert code == 0
+    assert counts(paths) == {"complete": 1, "failed": 2}
+    assert failure(paths, 0).startswith("trial 0, attempt 0: its outcome takes 17.0 MiB, and a record holds 16 MiB at")
+    assert "trial 0, attempt 0: its report takes 17.0 MiB" in said
+    assert failure(paths, 1).startswith("no result: the job never reported 'val_loss'; it reported bbb")
+    assert len(failure(paths, 1)) < 5000
+    assert fold(paths).num_bad_lines == 0
+
+
 def test_reports_are_kept_in_order_with_their_steps(tmp_path: Path) -> None:
     script = (
         'for i in 1 2 3; do echo "{\\"step\\": $i, \\"val_loss\\": 0.$i, \\"note\\": \\"x\\"}" >> $ORC_REPORT; done'

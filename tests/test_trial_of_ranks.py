@@ -17,13 +17,31 @@ from orchestrator.records import Cause, Status
 from orchestrator.spec import Checkpoint, Retries
 
 # Fifty samples in batches of eight: the last one of each epoch is uneven, and too small for three ranks. Trial 0 is
-# small, trial 1 draws random numbers, trial 2 has several megabytes of gradients, trial 3 a loop of its own.
+# small, trial 1 draws random numbers, trial 2 has several megabytes of gradients, trial 3 a loop of its own. Gradients
+# are summed in buckets so small that every trial has several: what one bucket hides, their layout shows.
 JOB = """
 import os, pathlib, signal, time
 import torch, torch.nn.functional as F
 import orchestrator as orc
+from orchestrator import replica
 
 ROOT = pathlib.Path(__file__).parent.parent
+BUCKET_MB = 0.0005
+replica.Replica.__init__.__kwdefaults__["bucket_mb"] = replica.wrapped.__kwdefaults__["bucket_mb"] = BUCKET_MB
+DDP = torch.nn.parallel.DistributedDataParallel
+
+class Counted(DDP):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        MADE.append(self)
+
+MADE = []
+replica.DistributedDataParallel = Counted
+
+def check_buckets(trial):
+    if trial.group.world_size > 1:
+        sizes = [made._get_ddp_logging_data()["rebuilt_bucket_sizes"].split(",") for made in MADE]
+        assert sizes and all(len(each) >= 3 for each in sizes), sizes
 
 def build(*, x=0):
     wide = 800 if x == 2 else 40
@@ -59,6 +77,7 @@ def own_loop(trial):
             step += 1
             disturb(trial, step)
         trial.validate(losses, data(1))
+    check_buckets(trial)
 
 def train(trial, *, x=0):
     if x == 3:
@@ -69,6 +88,7 @@ def train(trial, *, x=0):
             trial.step(losses, batch)
             disturb(trial, trial.num_steps)
         trial.validate(losses, data(1))
+    check_buckets(trial)
 """
 EPOCHS = 3
 STEPS = 7 * EPOCHS

@@ -27,10 +27,10 @@ from typing import cast
 
 from orchestrator.fold.leaders import Leaders
 from orchestrator.fold.rows import BEGUN, STARTED, STATUSES, at
-from orchestrator.fold.stretch import RecordFile, Seen, Stretch, Unit, attempt_key, look, trial_of
-from orchestrator.fold.table import NO_MODEL, Table, order
+from orchestrator.fold.stretch import RecordFile, Stretch, Unit, attempt_key, trial_of
+from orchestrator.fold.table import NO_MODEL, Table, Vanished, order
 from orchestrator.paths import SweepPaths
-from orchestrator.records import Cause, Status, as_index
+from orchestrator.records import Cause, Seen, Status, as_index, look
 from orchestrator.spec import Metric
 from orchestrator.store import Json, JsonObject
 from orchestrator.summary import Summary
@@ -94,7 +94,8 @@ class Fold:
     def update(self) -> int:
         """Read what has become visible since the last call; returns how many more intact lines there are now.
 
-        Lines can also go, where a file server loses what was not on its disk; `num_changes` tells of any change. A file
+        Lines can also go, where a file server loses what was not on its disk, or shows zeros again beyond a hole: they
+        no longer count, for a trial whose outcome is gone must be run again. `num_changes` tells of any change. A file
         that can't be read counts as empty; `unreadable` tells of it.
 
         Raises:
@@ -105,13 +106,25 @@ class Fold:
         seen = look(self._paths)
         first, self._is_new = self._is_new, False
         if any(file.stop > _size(seen, file) for file in self._files):
-            # What was read of it may be lost, so nothing that is known is certain.
-            self._begin()
-            self.num_changes += 1
+            self._begin_anew()
         if first and self._paths.fold_cache.exists():
             self._recall(seen)
         # Opening a file is what makes a network file system look again, so only a first look goes by sizes.
         read_already = {file.path.name for file in self._files if first and file.offset == seen[file.path.name].size}
+        if not self._take_news(seen, read_already):
+            self._begin_anew()
+            self._take_news(seen, set())
+        if self._eager and self._num_unsaved >= _SAVED_BYTES:
+            self._save(seen)
+        return self._num_lines - before
+
+    def _begin_anew(self) -> None:
+        """Something that was read is lost. No row tells of all the lines that made it, so all are read again."""
+        self._begin()
+        self.num_changes += 1
+
+    def _take_news(self, seen: Mapping[str, Seen], read_already: set[str]) -> bool:
+        """Read what is new; whether all that had been read before is still there."""
         for name in sorted(seen.keys() - self._numbers.keys()):
             self._add(RecordFile(self._paths.records / name))
         news = [
@@ -119,10 +132,14 @@ class Fold:
             for number, file in enumerate(self._files)
             if file.path.name not in read_already
         ]
-        self._take(self._read(news))
-        if self._eager and self._num_unsaved >= _SAVED_BYTES:
-            self._save(seen)
-        return self._num_lines - before
+        had_holes = any(file.runs for file in self._files)
+        try:
+            self._take(self._read(news))
+        except Vanished:
+            if not had_holes:
+                raise
+            return False
+        return not any(file.has_lost for file in self._files)
 
     @property
     def _num_lines(self) -> int:
@@ -290,10 +307,11 @@ class Fold:
 
     def _ended(self, trial: int) -> Counter[Cause]:
         """How often attempts at a trial ended by each cause; once, if a file was copied under another name."""
-        ends = self._table.ends.get(trial, {})
-        return Counter(
-            {(attempt, self._files[number].author): cause for (attempt, number), cause in ends.items()}.values()
-        )
+        found: dict[tuple[int, str], Cause] = {}
+        for (attempt, number), cause in self._table.ends.get(trial, {}).items():
+            who = attempt, self._files[number].author
+            found[who] = min(cause, found.get(who, cause))
+        return Counter(found.values())
 
     def _was_requeued(self, file: RecordFile) -> bool:
         """Whether a later run of the job of this file's writer is seen."""

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 import sys
 from collections.abc import Iterator, Mapping
 from io import BufferedReader, FileIO
-from pathlib import Path
 from typing import Final, cast
 from zlib import crc32
 
-from orchestrator import store
+from orchestrator import store, trust
 from orchestrator.errors import OrcError
 from orchestrator.fold.leaders import Leaders
 from orchestrator.fold.rows import Rows
-from orchestrator.fold.stretch import RecordFile, Seen, Stretch, opened
+from orchestrator.fold.stretch import RecordFile, Stretch, opened, tail
 from orchestrator.fold.table import Table
 from orchestrator.paths import SweepPaths
+from orchestrator.records import Seen
 from orchestrator.store import JsonObject
 
 __all__ = ["load", "save"]
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 _PIECE: Final = 1 << 20
 _TAIL: Final = 1 << 16
 """Bytes at an end that are looked at: more than a worker writes before it waits for the disk."""
@@ -79,17 +78,9 @@ def _file_json(number: int, file: RecordFile, seen: Mapping[str, Seen]) -> JsonO
     known = Stretch(
         number, 0, file.offset, num_lines=file.num_lines, writer=file.writer, notices=file.notices, open=file.open
     )
-    tail = _tail(file.path, file.offset) if file.offset else 0
+    known_by = tail(file.path, file.offset, _TAIL) if file.offset else 0
     looked = seen.get(file.path.name)
-    return {**known.to_json(), "name": file.path.name, "tail": tail, "changed_ns": looked and looked.changed_ns}
-
-
-def _tail(path: Path, offset: int) -> int:
-    """Tells whether a file is still the same before an offset, for all that can be told from its last bytes there."""
-    start = max(0, offset - _TAIL)
-    with opened(path) as file:
-        file.seek(start)
-        return crc32(file.read(offset - start))
+    return {**known.to_json(), "name": file.path.name, "tail": known_by, "changed_ns": looked and looked.changed_ns}
 
 
 # Reading
@@ -99,16 +90,10 @@ def load(paths: SweepPaths, table: Table, leaders: Leaders, seen: Mapping[str, S
     """Fill an empty table from the cache; returns the record files, or None if there is no cache that fits."""
     try:
         with opened(paths.fold_cache) as raw, BufferedReader(raw) as file:
-            return _load(paths, file, table, leaders, seen) if _is_trusted(paths, file) else None
+            return _load(paths, file, table, leaders, seen) if trust.is_believed(paths, file.fileno()) else None
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         # Whatever is wrong with it, the records hold all that it held.
         return None
-
-
-def _is_trusted(paths: SweepPaths, file: BufferedReader[FileIO]) -> bool:
-    found = os.fstat(file.fileno())
-    known = {0, os.getuid(), paths.root.stat().st_uid}
-    return stat.S_ISREG(found.st_mode) and found.st_uid in known and not found.st_mode & stat.S_IWOTH
 
 
 def _load(
@@ -143,7 +128,7 @@ def _fits(paths: SweepPaths, known: JsonObject, seen: Seen | None, saved_ns: int
     # What was written just before the cache was may not have been on the disk yet when the machine lost its power.
     if (seen.size, seen.changed_ns) == (end, known["changed_ns"]) and seen.changed_ns < saved_ns - _SETTLED_NS:
         return True
-    return not end or _tail(paths.records / str(known["name"]), end) == known["tail"]
+    return not end or tail(paths.records / str(known["name"]), end, _TAIL) == known["tail"]
 
 
 def _file(paths: SweepPaths, known: JsonObject) -> RecordFile:

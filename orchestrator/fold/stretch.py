@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-import re
-import zlib
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from operator import itemgetter
 from pathlib import Path
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple, TypeAlias, cast
+from zlib import crc32
 
-from orchestrator.paths import SweepPaths
 from orchestrator.records import as_index
-from orchestrator.store import Json, JsonObject
+from orchestrator.store import LONGEST, Json, JsonObject
 
 __all__ = [
-    "NUM_ATTEMPTS", "RecordFile", "Seen", "Stretch", "Unit",
-    "attempt_key", "attempt_of", "lines", "look", "opened", "trial_of",
+    "NUM_ATTEMPTS", "RecordFile", "Stretch", "Unit",
+    "attempt_key", "attempt_of", "lines", "opened", "tail", "trial_of",
 ]  # fmt: skip
 
 NUM_ATTEMPTS: Final = 1 << 20
@@ -26,9 +26,7 @@ NUM_ATTEMPTS: Final = 1 << 20
 
 _TRIAL_BITS: Final = 40
 _CHUNK: Final = 1 << 20
-_LONGEST: Final = 16 << 20
-"""A line that is longer, in bytes, is none of ours."""
-_IS_RECORD_FILE: Final = re.compile(r"[0-9a-f]{32}\.jsonl").fullmatch
+_LONGEST: Final = LONGEST
 
 
 def attempt_key(trial: int, attempt: int) -> int:
@@ -46,33 +44,6 @@ def attempt_of(key: int) -> int:
     return key >> _TRIAL_BITS
 
 
-class Seen(NamedTuple):
-    """A record file as a folder shows it.
-
-    Args:
-        size: in bytes.
-        changed_ns: when it was last written to, by the clock of the file system.
-    """
-
-    size: int
-    changed_ns: int
-
-
-def look(paths: SweepPaths) -> dict[str, Seen]:
-    """The record files that are there, by name: regular files that are called like one; whatever else is there is none.
-
-    Raises:
-        FileNotFoundError: there is no folder of records.
-    """
-    found: dict[str, Seen] = {}
-    with os.scandir(paths.records) as entries:
-        for entry in entries:
-            if _IS_RECORD_FILE(entry.name) and entry.is_file(follow_symlinks=False):
-                state = entry.stat(follow_symlinks=False)
-                found[entry.name] = Seen(size=state.st_size, changed_ns=state.st_mtime_ns)
-    return found
-
-
 class Unit(NamedTuple):
     """Bytes of a record file to read, from the begin of a line: up to the begin of another one, or all there are."""
 
@@ -81,58 +52,78 @@ class Unit(NamedTuple):
     stop: int | None = None
 
 
-@dataclass(slots=True)
-class Stretch:
-    """What was read of one file, from byte `start` on.
+Run: TypeAlias = "tuple[int, int]"
+"""From a byte to before another one."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Known:
+    """What is known of a record file, or of a part of it.
 
     Args:
-        number: the file's.
-        start: where reading began, at the begin of a line.
-        end: up to there, every line is intact.
         stop: up to there, complete lines were read.
-        num_lines: how many intact lines there are up to `end`.
-        beyond: how many intact lines there are after it.
+        num_lines: how many intact lines there are before the first one that is not.
+        beyond: how many there are after that.
         bad: lines that are not intact.
-        holes: differs, but for bad luck, where other lines are not intact.
+        runs: where the intact lines after the first bad one are, in order.
         fault: why it can't be read; empty if it can.
         writer: the writer line, if it was among them.
         notices: offset -> notice.
         open: starts without outcome or end here: `attempt_key` -> offset.
     """
 
-    number: int
-    start: int
-    end: int = 0
     stop: int = 0
     num_lines: int = 0
     beyond: int = 0
     bad: int = 0
-    holes: int = 0
+    runs: list[Run] = field(default_factory=list)
     fault: str = ""
     writer: JsonObject = field(default_factory=dict)
     notices: dict[int, JsonObject] = field(default_factory=dict)
     open: dict[int, int] = field(default_factory=dict)
 
+
+@dataclass(slots=True)
+class Stretch(_Known):
+    """What was read of one file, from byte `start` on.
+
+    Args:
+        number: the file's.
+        start: where reading began, at the begin of a line.
+        end: up to there, every line is intact.
+    """
+
+    number: int
+    start: int
+    end: int = 0
+
     def extend(self, block: list[bytes], bad: list[int], start: int, stop: int) -> None:
         """Count the lines of a block from `start` to `stop`, of which those at the offsets `bad` are not intact."""
-        good = len(block) - len(bad)
-        if self.bad:
-            self.beyond += good
-        elif bad:
-            before = sum(end < bad[0] + 1 for end in accumulate(map(_size, block), initial=start)) - 1
-            self.end, self.num_lines = bad[0], self.num_lines + before
-            self.beyond = good - before
+        if bad or self.bad:
+            self._extend_beyond(block, bad, start, stop)
         else:
-            self.end, self.num_lines = stop, self.num_lines + good
+            self.end, self.num_lines = stop, self.num_lines + len(block)
         self.bad += len(bad)
-        for offset in bad:
-            self.holes = zlib.crc32(b"%d," % offset, self.holes)
         self.stop = stop
+
+    def _extend_beyond(self, block: list[bytes], bad: list[int], start: int, stop: int) -> None:
+        good = len(block) - len(bad)
+        after = dict(pairwise(accumulate(map(_size, block), initial=start))) if bad else {}
+        edges = [start, *(edge for offset in bad for edge in (offset, after[offset])), stop]
+        runs = [*zip(edges[::2], edges[1::2], strict=True)]
+        if not self.bad:
+            num_before = [*after].index(bad[0])
+            self.end, self.num_lines = bad[0], self.num_lines + num_before
+            good -= num_before
+            del runs[0]
+        self.beyond += good
+        self.runs += runs
 
     def to_json(self) -> JsonObject:
         """As plain JSON."""
         return {
             **{name: getattr(self, name) for name in _COUNTS},
+            "runs": [[*run] for run in self.runs],
             "fault": self.fault,
             "writer": self.writer,
             "notices": [[offset, line] for offset, line in self.notices.items()],
@@ -144,6 +135,7 @@ class Stretch:
         """The stretch of which `value` is the `to_json`."""
         return cls(
             **{name: cast("int", value[name]) for name in _COUNTS},
+            runs=[(first, last) for first, last in cast("list[list[int]]", value["runs"])],
             fault=cast("str", value["fault"]),
             writer=cast("JsonObject", value["writer"]),
             notices=dict(cast("list[tuple[int, JsonObject]]", value["notices"])),
@@ -151,37 +143,43 @@ class Stretch:
         )
 
 
-_COUNTS: Final = ("number", "start", "end", "stop", "num_lines", "beyond", "bad", "holes")
+_COUNTS: Final = ("number", "start", "end", "stop", "num_lines", "beyond", "bad")
 
 
 def _size(line: bytes) -> int:
     return len(line) + 1
 
 
+def _joined(runs: Iterable[Run]) -> list[Run]:
+    """Runs in order, those that meet made one, without those of nothing."""
+    found: list[Run] = []
+    for first, last in runs:
+        if found and found[-1][1] == first:
+            found[-1] = found[-1][0], last
+        elif first < last:
+            found.append((first, last))
+    return found
+
+
+def _holds(runs: list[Run], run: Run) -> bool:
+    """Whether all of a run is in one of others, which are in order."""
+    at = bisect_right(runs, run[0], key=itemgetter(0)) - 1
+    return at >= 0 and run[1] <= runs[at][1]
+
+
 @dataclass(slots=True)
-class RecordFile:
+class RecordFile(_Known):
     """What is known of one record file.
 
     Args:
         path: where it is.
         offset: up to there, every line was intact.
-        num_lines: how many.
-        stop: up to there, complete lines were read.
-        beyond: how many intact lines there are after `offset`.
-        bad, holes, fault, writer, notices, open: as of a `Stretch`.
+        has_lost: lines that were intact beyond a hole, and counted, were not so when it was last read.
     """
 
     path: Path
     offset: int = 0
-    num_lines: int = 0
-    stop: int = 0
-    beyond: int = 0
-    bad: int = 0
-    holes: int = 0
-    fault: str = ""
-    writer: JsonObject = field(default_factory=dict)
-    notices: dict[int, JsonObject] = field(default_factory=dict)
-    open: dict[int, int] = field(default_factory=dict)
+    has_lost: bool = False
 
     @property
     def name(self) -> str:
@@ -203,24 +201,36 @@ class RecordFile:
 
         Returns whether other lines count than before.
         """
-        before = self.offset, self.beyond, self.bad, self.holes, self.fault
-        self.beyond = self.bad = self.holes = 0
+        before = self.offset, self.beyond, self.bad, self.runs, self.fault
+        self.beyond = self.bad = 0
         self.fault = ""
+        runs: list[Run] = []
         for one in stretches:
             if self.bad:
                 self.beyond += one.num_lines + one.beyond
+                runs += [(one.start, one.end), *one.runs]
             else:
                 self.offset, self.beyond = one.end, one.beyond
                 self.num_lines += one.num_lines
+                runs += one.runs
             self.bad += one.bad
-            self.holes += one.holes
             self.stop, self.fault = one.stop, one.fault or self.fault
-            self.writer = one.writer or self.writer
-            self.notices.update(one.notices)
-            for key, offset in one.open.items():
-                # Starts may become visible in another order than they were written in.
-                self.open[key] = min(offset, self.open.get(key, offset))
-        return before != (self.offset, self.beyond, self.bad, self.holes, self.fault)
+            self._take_rare(one)
+        if not self.fault:  # what can't be read now is not gone
+            self._take_runs(_joined(runs))
+        return before != (self.offset, self.beyond, self.bad, self.runs, self.fault)
+
+    def _take_runs(self, runs: list[Run]) -> None:
+        now = [(0, self.offset), *runs]
+        self.has_lost = not all(_holds(now, run) for run in self.runs)
+        self.runs = runs
+
+    def _take_rare(self, one: Stretch) -> None:
+        self.writer = one.writer or self.writer
+        self.notices.update(one.notices)
+        for key, offset in one.open.items():
+            # Starts may become visible in another order than they were written in.
+            self.open[key] = min(offset, self.open.get(key, offset))
 
     def running(self, is_closed: Callable[[int], bool]) -> list[int]:
         """The starts without outcome or end that had begun: starts are written in the order in which they run.
@@ -242,6 +252,21 @@ def opened(path: Path) -> FileIO:
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     return os.fdopen(os.open(path, flags), "rb", buffering=0)
+
+
+def tail(path: Path, offset: int, num_bytes: int) -> int:
+    """A checksum of the last bytes of a file before `offset`, `num_bytes` at most: tells it from another file.
+
+    Raises:
+        OSError: it can't be read, or does not reach `offset`.
+    """
+    begin = max(0, offset - num_bytes)
+    with opened(path) as file:
+        file.seek(begin)
+        data = file.read(offset - begin)
+    if len(data) < offset - begin:
+        raise OSError(f"{path} has fewer than {offset} bytes")
+    return crc32(data)
 
 
 def lines(path: Path, start: int, stop: int | None) -> Iterator[tuple[int, list[bytes]]]:

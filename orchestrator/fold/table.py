@@ -23,7 +23,7 @@ from orchestrator.fold.stretch import NUM_ATTEMPTS, RecordFile, Stretch, attempt
 from orchestrator.records import Cause, as_index
 from orchestrator.store import Json, JsonObject
 
-__all__ = ["Table", "order"]
+__all__ = ["Table", "Vanished", "order"]
 
 _CODES: Final = {status.value: code for code, status in enumerate(STATUSES) if status is not None}
 _ENDED: Final = CLOSED | BEGUN
@@ -31,6 +31,10 @@ _CRC: Final = b',"crc":'
 _OUTCOME: Final = b'{"kind":"outcome"'
 _HEAD: Final = len(_OUTCOME)
 _SKIPPED: Final = (b'{"kind":"report"', b'{"kind":"beat"', b'{"kind":"at"', b'{"kind":"resume"')
+
+
+class Vanished(FolderError):
+    """A line that was read is no longer there."""
 
 
 class Table:
@@ -71,7 +75,7 @@ class Table:
         Raises:
             FolderError: an intact line is not of this version; names it.
         """
-        found = Stretch(number, start, start, start)
+        found = Stretch(number, start, start, stop=start)
         self._lookback.forget()
         try:
             for offset, block in lines(self._files[number].path, start, stop):
@@ -154,7 +158,7 @@ class Table:
             if line.get("begun", True):
                 cause = Cause(str(line["cause"]))
                 if trial in self.trials:
-                    self.ends.setdefault(trial, {})[attempt, found.number] = cause
+                    self._take_end(trial, (attempt, found.number), cause)
             self._close(found, trial, attempt, begun=line.get("begun") is not False)
 
     def _take_start(self, found: Stretch, offset: int, trial: int, attempt: int) -> None:
@@ -228,7 +232,7 @@ class Table:
         """A line, read back from its place.
 
         Raises:
-            FolderError: it is no longer there.
+            Vanished: it is no longer there.
         """
         for _ in range(2):
             if line := store.unchecked(self._lookback.line(where)):
@@ -236,7 +240,7 @@ class Table:
             # Its neighbours may have been read before it was visible.
             self._lookback.forget()
         number, offset = at(where)
-        raise FolderError(
+        raise Vanished(
             f"{self._files[number].path}: the record at byte {offset} was read, and is no longer there; try again"
         )
 
@@ -259,7 +263,13 @@ class Table:
         for key, begun in other.closed.items():
             self.closed[key] = begun or self.closed.get(key, False)
         for trial, ends in other.ends.items():
-            self.ends.setdefault(trial, {}).update(ends)
+            for who, cause in ends.items():
+                self._take_end(trial, who, cause)
+
+    def _take_end(self, trial: int, who: tuple[int, int], cause: Cause) -> None:
+        """An attempt ends once; where two lines say how, the same one is kept in whatever order they are read."""
+        ends = self.ends.setdefault(trial, {})
+        ends[who] = min(cause, ends.get(who, cause))
 
     # What is rare, as JSON
 

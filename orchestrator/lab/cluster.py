@@ -192,7 +192,8 @@ class Lab:
         lock = self._files.lock
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not lock.exists() and any(self.root.iterdir()):
+            # In this order: another command may be making the lab just now, and it makes the lock first.
+            if any(self.root.iterdir()) and not lock.exists():
                 raise UsageError(f"{self.root}: not empty and not a lab's folder; name another one, or set ORC_LAB")
             with FileLock(lock, timeout=_LOCK_LIMIT_S):
                 yield

@@ -106,7 +106,7 @@ def squeue(argv, verb, rest):
                 job["id"],
                 "N/A" if task is None else task,
                 job["state"],
-                "Priority",
+                job.get("reason", "Priority"),
                 job["name"],
                 job["comment"],
             )

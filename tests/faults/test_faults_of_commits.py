@@ -17,13 +17,20 @@ from invariants import Memory, check, intact_lines, leftovers
 from killpoints import kill_everywhere
 from sweeps import TOKEN, counts, no_room_after, superseded
 
-from orchestrator import ledger, reducer, store, submit
+from orchestrator import fold as folding
+from orchestrator import ledger, parts, reducer, store, submit
 from orchestrator.claims import Block, Claims
-from orchestrator.code import Snapshot
-from orchestrator.errors import OrcError
+from orchestrator.code import Manifest, Snapshot, SnapshotFile
+from orchestrator.errors import FolderError, OrcError
+from orchestrator.fold import Fold, cache
+from orchestrator.fold.leaders import Leaders
+from orchestrator.fold.table import Table
 from orchestrator.paths import SweepPaths
-from orchestrator.plan import PlanFile, SweepPlan
-from orchestrator.records import RecordWriter, Status, outcome, start
+from orchestrator.plan import PlanFile, SweepPlan, write_plan
+from orchestrator.records import RecordWriter, Status, look, outcome, start
+from orchestrator.spec import Metric
+from orchestrator.sweep import Sweep
+from orchestrator.tree import Tree
 
 MODEL = b"weights" * 1000
 SHA = hashlib.sha256(MODEL).hexdigest()
@@ -87,14 +94,18 @@ def test_fault_16_a_kill_in_a_claim_leaves_no_claim_or_one_that_names_its_owner(
         assert theirs.holder(block, 0) in ("ours", "theirs")
 
 
+def two_submissions() -> list[ledger.Submission]:
+    part = ledger.Part(what="local", num_workers=1)
+    return [
+        ledger.Submission(token=token * 32, epoch=epoch, on="local", host="here", parts=(part,))
+        for epoch, token in enumerate("ab")
+    ]
+
+
 def test_fault_16_a_kill_in_the_ledger_leaves_the_lines_before_and_a_line_that_is_whole_or_none(
     paths: SweepPaths,
 ) -> None:
-    part = ledger.Part(what="local", num_workers=1)
-    first, second = (
-        ledger.Submission(token=token * 32, epoch=epoch, on="local", host="here", parts=(part,))
-        for epoch, token in enumerate("ab")
-    )
+    first, second = two_submissions()
     for kill in kill_everywhere(lambda: ledger.append(paths, ledger.intent(second, "local"))):
         paths.submissions.unlink(missing_ok=True)
         ledger.append(paths, ledger.intent(first, "local"))
@@ -139,15 +150,138 @@ def test_fault_16_a_kill_between_a_model_and_its_record_leaves_no_record_without
         assert paths.model(0, SHA).read_bytes() == MODEL
 
 
-def planned(trials: int = 3) -> SweepPlan:
-    return SweepPlan(spec=sweeps.spec(trials=trials), code=Snapshot().digest)
+def test_fault_16_a_kill_while_models_are_let_go_loses_none_that_ranks(tmp_path: Path) -> None:
+    paths = sweeps.make(tmp_path, trials=4, top=2)
+    digests = [hashlib.sha256(b"%d" % trial).hexdigest() for trial in range(4)]
+    put(paths, *(done(trial, model=digests[trial]) for trial in range(4)))
+    best = {paths.model(trial, digests[trial]).name for trial in (0, 1)}
+    for kill in kill_everywhere(lambda: reducer.reduce(paths, wait_s=0.0)):
+        for trial in range(4):
+            paths.model(trial, digests[trial]).write_bytes(b"%d" % trial)
+        kill()
+        assert best <= set(sweeps.names(paths.models))
+        sweeps.summary(paths)
+        assert set(sweeps.names(paths.models)) == best
+        assert [one.model for one in Sweep(paths).best(2)] == [paths.model(i, digests[i]) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_fault_16_a_kill_while_the_fold_cache_is_written_leaves_the_old_or_the_new_and_changes_no_answer(
+    paths: SweepPaths, monkeypatch: pytest.MonkeyPatch, num_before: int
+) -> None:
+    monkeypatch.setattr(folding, "_SAVED_BYTES", 1)
+
+    def act() -> dict[str, object]:
+        found = Fold(paths, 3, eager=True)
+        found.update()
+        return {"values": list(found.values), "missing": found.missing(), "top": found.best(Metric(), 3)}
+
+    def kept() -> bytes | None:
+        return paths.fold_cache.read_bytes() if paths.fold_cache.exists() else None
+
+    def scene() -> None:
+        paths.fold_cache.unlink(missing_ok=True)
+        if old is not None:
+            paths.fold_cache.write_bytes(old)
+
+    put(paths, *map(done, range(num_before)))
+    act()
+    old = kept() if num_before else None
+    put(paths, *map(done, range(3)))
+    scene()  # which files are known decides in what order they are, so the new one is made from the old
+    act()
+    new = kept()
+    for kill in kill_everywhere(act):
+        scene()
+        kill()
+        assert kept() in (old, new)
+        assert act() == {"values": [0.5, 1.5, 2.5], "missing": [], "top": [0, 1, 2]}
+        assert kept() == new
+        assert cache.load(paths, *empty_table(), look(paths)) is not None
+
+
+def empty_table() -> tuple[Table, Leaders]:
+    table = Table([], 3, range(3))
+    return table, Leaders(table)
+
+
+def test_fault_16_a_kill_in_a_reducer_s_part_leaves_none_or_one_that_the_records_bear_out(paths: SweepPaths) -> None:
+    tree = Tree(num_trials=3, num_ranges=2, fan_in=2)
+    put(paths, *map(done, range(3)))
+    new = sweeps.summary(paths)
+    paths.summary.unlink()
+    plan, trials = PlanFile.open(paths.plan), tree.node(0, 0).trials
+    for kill in kill_everywhere(lambda: reducer.reduce_part(paths, tree, 0, 0, wait_s=0.0)):
+        kill()
+        part = parts.read(paths, plan, trials)
+        assert part is None or parts.is_current(paths, part)
+        assert kill.happened or part is not None
+        reducer.reduce_part(paths, tree, 0, 0, wait_s=0.0)
+        assert parts.read(paths, plan, trials) is not None
+        assert reducer.reduce(paths, wait_s=0.0, tree=tree) == 0
+        assert paths.summary.read_bytes() == new
+        assert not paths.parts.exists()
+        paths.summary.unlink()
+
+
+def test_fault_16_a_kill_in_a_cancel_leaves_the_sweep_running_or_ended_and_never_in_doubt(paths: SweepPaths) -> None:
+    for submission in two_submissions():
+        ledger.append(paths, ledger.intent(submission, "local"))
+    for kill in kill_everywhere(lambda: submit.cancel(paths)):
+        paths.cancelled.write_text("0\n")  # of the submission before
+        kill()
+        assert ledger.is_cancelled(paths, "a" * 32)
+        assert ledger.cancelled_epoch(paths) in (0, 1)
+        assert ledger.is_cancelled(paths, "b" * 32) == (ledger.cancelled_epoch(paths) == 1)
+        submit.cancel(paths)
+        assert ledger.is_cancelled(paths, "b" * 32)
+
+
+CODE = Snapshot(
+    files=(
+        SnapshotFile(path="here", executable=False, content=b"pkg", is_link=True),
+        SnapshotFile(path="pkg/__init__.py", executable=False, content=b"X = 1\n" * 5000),
+        SnapshotFile(path="train.py", executable=True, content=b"import pkg\n"),
+    ),
+    program="train.py",
+)
+
+
+def test_fault_16_a_kill_in_the_plan_leaves_none_or_a_whole_one(tmp_path: Path) -> None:
+    plan, path = planned(400), tmp_path / "plan.jsonl"
+    for kill in kill_everywhere(lambda: write_plan(plan, path)):
+        path.unlink(missing_ok=True)
+        kill()
+        if path.exists():
+            assert [trial.index for trial in PlanFile.open(path).trials()] == [*range(400)]
+        else:
+            with pytest.raises(FolderError, match="no such plan"):
+                PlanFile.open(path)
+        write_plan(plan, path)
+        assert PlanFile.open(path).num_trials == 400
+
+
+def test_fault_16_a_kill_while_the_code_is_copied_leaves_none_or_all_of_it(tmp_path: Path) -> None:
+    into = tmp_path / "code"
+    for kill in kill_everywhere(lambda: CODE.copy(into)):
+        shutil.rmtree(into, ignore_errors=True)
+        kill()
+        if not into.exists():
+            CODE.copy(into)
+        assert Manifest.read(into) == CODE.manifest
+        assert (into / "here" / "__init__.py").read_bytes() == CODE.files[1].content
+        assert os.access(into / "train.py", os.X_OK)
+
+
+def planned(trials: int = 3, code: Snapshot = CODE) -> SweepPlan:
+    return SweepPlan(spec=sweeps.spec(trials=trials), code=code.digest)
 
 
 def test_fault_16_a_kill_while_a_sweep_is_stored_leaves_no_sweep_or_a_whole_one(tmp_path: Path) -> None:
     plan, runs = planned(), tmp_path / "runs"
 
     def act() -> SweepPaths:
-        return submit.prepare(plan, Snapshot(), b"name: small\n", runs)
+        return submit.prepare(plan, CODE, b"name: small\n", runs)
 
     for kill in kill_everywhere(act):
         shutil.rmtree(runs, ignore_errors=True)
@@ -156,15 +290,18 @@ def test_fault_16_a_kill_while_a_sweep_is_stored_leaves_no_sweep_or_a_whole_one(
         if paths.root.exists():
             assert PlanFile.open(paths.plan).num_trials == 3
             assert all(folder.is_dir() for folder in paths.folders)
+            assert Manifest.read(paths.code) == CODE.manifest
         assert act() == paths
         assert [trial.index for trial in PlanFile.open(paths.plan).trials()] == [0, 1, 2]
         assert paths.sweep_file.read_bytes() == b"name: small\n"
+        assert Manifest.read(paths.code) == CODE.manifest
+        assert (paths.code / "train.py").read_bytes() == CODE.files[2].content
 
 
 def test_fault_16_a_kill_in_a_submission_is_completed_by_the_same_command_and_starts_one_process(
     tmp_path: Path,
 ) -> None:
-    plan, runs = planned(1), tmp_path / "runs"
+    plan, runs = planned(1, Snapshot()), tmp_path / "runs"
 
     def act() -> submit.Receipt:
         return submit.submit(SweepPaths(runs / plan.id), plan, on="local", workers=1)
@@ -226,7 +363,7 @@ def test_fault_18_without_room_the_old_summary_stays_and_a_reader_still_tells_th
 
 
 def test_fault_18_without_room_no_sweep_is_stored_and_the_folder_is_named(tmp_path: Path) -> None:
-    plan, runs = planned(), tmp_path / "runs"
+    plan, runs = planned(3, Snapshot()), tmp_path / "runs"
     with no_room_after(100), pytest.raises(OrcError, match=str(runs)):
         submit.prepare(plan, Snapshot(), b"", runs)
     assert [path for path in runs.glob("*") if path.name != ".gitignore"] == []

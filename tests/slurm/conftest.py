@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -95,6 +96,23 @@ def slurm_of(lab_of: LabFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[[L
         return slurm
 
     return get
+
+
+@pytest.fixture
+def unannounced(
+    request: pytest.FixtureRequest, lab_of: LabFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm announces no time limit of its own accord, so that the only notices are those that a test sends.
+
+    A sweep with `WINDOW` asks to be told so long before the end of its job that whenever a notice comes, it is taken
+    for the announcement. Slurm would send that soon after the start; this has it wait for the last second.
+    """
+    lab_of(request.module.OPTIONS)  # its daemons are everyone's, and not to find this command
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    (commands / "sbatch").write_text(f'#!/bin/sh\nexec {shutil.which("sbatch")} --signal=B:TERM@1 "$@"\n')
+    (commands / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
 
 
 @pytest.fixture

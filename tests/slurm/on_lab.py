@@ -46,10 +46,10 @@ class Slurm:
         # Not from `show`: a job's name or comment may hold words that look like its state.
         return self.run("squeue", "-h", "--states=all", "-j", job, "-o", "%T")
 
-    def wait_for(self, condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+    def wait_for(self, condition: Callable[[], bool], limit_s: float = 60.0) -> None:
         """Return once `condition` holds; fail after `limit_s` seconds, with the queue in the message."""
         assert poll(condition, limit_s, every_s=0.1), f"not within {limit_s} s; the queue: {self.run('squeue')}"
 
-    def wait_for_state(self, job: str, *states: str, limit_s: float = 30.0) -> None:
+    def wait_for_state(self, job: str, *states: str, limit_s: float = 60.0) -> None:
         """Return once the job is in one of `states`."""
         self.wait_for(lambda: self.job_state(job) in states, limit_s)

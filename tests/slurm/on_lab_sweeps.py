@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from on_lab import Slurm
 
 from orchestrator.paths import SweepPaths
 
-__all__ = ["Bench", "Make", "build"]
+__all__ = ["WINDOW", "Bench", "Make", "build"]
 
 # A trial that knows nothing of us, and starts in a tenth of a second: by its index it fails, diverges, or is fine.
 PROGRAM = """
@@ -34,7 +35,8 @@ with open(os.environ["ORC_REPORT"], "a") as report:
 """
 
 # A trial of `steps` steps that saves after each; it stays at its third until the file `go` is there, so that a fault
-# finds it in the middle. `at_term`: `leave` (saved, gone), `save` (takes a second for it, then gone) or `ignore`.
+# finds it in the middle. `at_term`: `leave` (saved, gone), `save` (takes a second for it, then gone), `hold` (takes for
+# it until the file `saved` is there) or `ignore`.
 STEPS = """
 import json, os, pathlib, signal, sys, time
 params = json.load(open(os.environ["ORC_PARAMS"]))
@@ -47,6 +49,10 @@ def leave(*_):
         (logs / f"{index}.saving").touch()
         time.sleep(1)
         (logs / f"{index}.saved").touch()
+    if params["at_term"] == "hold":
+        (logs / f"{index}.saving").touch()
+        while not os.path.exists("saved"):
+            time.sleep(0.02)
     if params["at_term"] != "ignore":
         os._exit(75)
 signal.signal(signal.SIGTERM, leave)
@@ -82,6 +88,10 @@ slurm: {{{slurm}}}
 """
 
 
+WINDOW = {"time": 10, "notice_s": 540}
+"""For tests with the fixture `unannounced`: a job of ten minutes whose whole time is near its end."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """A folder with a sweep file, and `orc` in it."""
@@ -110,7 +120,7 @@ class Bench:
         """Standard output of `orc`; None for any exit code."""
         done = self.run(*argv)
         assert code is None or done.returncode == code, f"orc {argv}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
         return done.stdout
 
     def submit(self, *options: str) -> str:
@@ -165,6 +175,18 @@ class Bench:
             shutil.rmtree(marks)
             kept.rename(marks)
         return next((self.folder / "calm").glob("*/summary.json")).read_bytes()
+
+    def do_as_told(self, sweep: str) -> list[str]:
+        """Run the commands by which status says that something which stands still goes on; returns them."""
+        said = self.orc("status", sweep)
+        found = re.findall(r"(?:is held|nothing of it is running); `([^`]+)`", said)
+        for command in found:
+            program, *arguments = command.split()
+            if program == "orc":
+                self.orc(*arguments)
+            else:
+                self.slurm.run(program, *arguments)
+        return found
 
     def lines(self, sweep: str, kind: str) -> list[dict[str, str]]:
         """Every record of one kind."""

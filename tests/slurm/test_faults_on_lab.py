@@ -13,7 +13,7 @@ import pytest
 import yaml
 from invariants import Memory, check
 from on_lab import Slurm
-from on_lab_sweeps import STEPS, Bench, build
+from on_lab_sweeps import STEPS, WINDOW, Bench, build
 
 from orchestrator.lab import LabOptions
 
@@ -91,26 +91,28 @@ def test_fault_35_a_program_that_leaves_inside_the_grace_time_still_finishes_its
     assert (bench.began_from(), restarts(bench, sweep)) == ([0, 3], "1")
 
 
-# 4, 7, 42: the time limit; a signal by hand to a job of one minute is taken for its announcement
+# 4, 7, 42: the time limit, announced by hand
 
 
+@pytest.mark.usefixtures("unannounced")
 def test_fault_04_a_trial_that_meets_its_time_limit_too_often_has_timed_out_by_number(steps: Steps) -> None:
-    bench = steps(time=1, trials=2, block=1, at_term="leave", launch="retries: {timeout: 1}")
+    bench = steps(**WINDOW, trials=2, block=1, at_term="leave", launch="retries: {timeout: 1}")
     sweep = bench.submit()
     worker = bench.worker(sweep)
+    bench.wait_for_step(trial=1)  # it stays with the other worker, whose time is not over
     for attempt in range(2):
-        bench.slurm.wait_for(lambda attempt=attempt: has_begun(bench, attempt + 1), 60)
+        bench.slurm.wait_for(lambda attempt=attempt: has_begun(bench, attempt + 1), 120)
         bench.slurm.run("scancel", "--batch", "--signal", "TERM", worker)
-    bench.slurm.wait_for(lambda: bench.trials(sweep)["failed"] == 1, 60)
+    bench.slurm.wait_for(lambda: bench.trials(sweep)["failed"] == 1, 120)
     said = bench.orc("status", sweep)
     assert "timed out 2 times" in said
     assert "orc resume --failed --set slurm.time=" in said
     bench.let_go()
-    bench.slurm.wait_for(lambda: bench.trials(sweep)["complete"] == 1 and not bench.jobs(sweep), 90)
+    bench.slurm.wait_for(lambda: bench.trials(sweep)["complete"] == 1 and not bench.jobs(sweep), 120)
     assert json.loads(bench.summary_file(sweep).read_bytes())["failed"] == 1
     check(bench.paths(sweep), jobs=bench.all_jobs(sweep), says=["1 complete", "1 failed", "2 timeout"])
-    bench.orc("resume", "--failed", "--set", "slurm.time=5", sweep)
-    bench.slurm.wait_for(lambda: bench.trials(sweep)["complete"] == 2, 60)
+    bench.orc("resume", "--failed", "--set", "slurm.time=20", sweep)
+    bench.slurm.wait_for(lambda: bench.trials(sweep)["complete"] == 2, 120)
     bench.finish(sweep)
     assert bench.began_from()[:2] == [0, 3]
 
@@ -120,9 +122,10 @@ def has_begun(bench: Bench, times: int, trial: int = 0) -> bool:
     return (bench.folder / "marks" / f"{trial}.at-3").exists() and len(bench.began_from(trial)) >= times
 
 
+@pytest.mark.usefixtures("unannounced")
 @pytest.mark.parametrize("form", FORMS)
 def test_fault_07_several_notices_at_once_make_one_restart(steps: Steps, form: str) -> None:
-    bench = steps(time=1, trials=1, block=1, at_term="save", form=form)
+    bench = steps(**WINDOW, trials=1, block=1, at_term="hold", form=form)
     sweep = bench.submit()
     bench.wait_for_step()
     worker = bench.worker(sweep)
@@ -130,11 +133,34 @@ def test_fault_07_several_notices_at_once_make_one_restart(steps: Steps, form: s
         bench.slurm.run("scancel", "--batch", "--signal", name, worker)
     if form == "srun":
         bench.slurm.run("scancel", "--signal", "USR1", worker)
-    bench.slurm.wait_for(lambda: len(bench.began_from()) == 2, 60)
+    bench.slurm.wait_for((bench.folder / "marks" / "0.saving").exists)
+    (bench.folder / "saved").touch()
+    bench.slurm.wait_for(lambda: len(bench.began_from()) == 2, 120)
     bench.finish(sweep)
     assert restarts(bench, sweep) == "1"
     assert bench.began_from() == [0, 3]
     assert len((bench.folder / "marks" / "0.notices").read_text().splitlines()) == 1  # one save
+
+
+SLOW = '[ -e {0}/heard ] || until [ -n "${{ORC_NOTICE:-}}" ]; do touch {0}/begun; sleep 0.05; done; touch {0}/heard'
+"""A prologue that takes, in its first run, until the notice has come."""
+
+
+@pytest.mark.usefixtures("unannounced")
+@pytest.mark.parametrize("form", FORMS)
+def test_fault_42_a_notice_during_a_slow_prologue_is_kept_and_the_job_resumes(
+    steps: Steps, tmp_path: Path, form: str
+) -> None:
+    bench = steps(**WINDOW, trials=1, block=1, form=form, launch=f"setup: {json.dumps(SLOW.format(tmp_path))}")
+    bench.let_go()
+    sweep = bench.submit()
+    bench.slurm.wait_for((bench.folder / "begun").exists, 120)
+    bench.slurm.run("scancel", "--batch", "--signal", "TERM", bench.worker(sweep))
+    bench.finish(sweep, limit_s=150)
+    assert (bench.folder / "heard").exists()
+    assert bench.notices(sweep)[0]["action"] == "timeout: finish or stop, then requeue"
+    assert bench.began_from() == [0]  # nothing is begun by a job that has been told to go
+    assert restarts(bench, sweep) == "1"
 
 
 # 5, 36: cancels

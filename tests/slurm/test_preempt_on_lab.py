@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from on_lab import Slurm
-from on_lab_sweeps import Bench
+from on_lab_sweeps import WINDOW, Bench
 
 from orchestrator.lab import LabOptions
 
@@ -57,7 +57,7 @@ name: {name}
 method: grid
 parameters: {{lr: {{values: [0.02]}}}}
 checkpoint: {{every: {every}}}
-launch: {{form: {form}, notice_s: 30, retries: {{timeout: 5, unknown: 5}}}}
+launch: {{form: {form}, notice_s: {notice_s}, retries: {{timeout: 5, unknown: 5}}}}
 reduce: {{visibility_s: 1}}
 slurm: {{time: {time}, nodelist: {node}{more}}}
 """
@@ -69,10 +69,12 @@ Training = Callable[..., Bench]
 def training(tmp_path: Path, slurm_of: Callable[[LabOptions], Slurm]) -> Training:
     """Makes a sweep of one trial that trains."""
 
-    def make(node: str, *, time: int = 10, every: str = "1h", form: str = "auto", more: str = "") -> Bench:
+    def make(
+        node: str, *, time: int = 10, notice_s: int = 30, every: str = "1h", form: str = "auto", more: str = ""
+    ) -> Bench:
         (tmp_path / "train.py").write_text(JOB)
         name = tmp_path.name.replace("[", ".").replace("]", "")
-        text = SWEEP.format(name=name, every=every, form=form, time=time, node=node, more=more)
+        text = SWEEP.format(name=name, every=every, form=form, time=time, notice_s=notice_s, node=node, more=more)
         (tmp_path / "sweep.yaml").write_text(text)
         return Bench(tmp_path, slurm_of(OPTIONS))
 
@@ -117,10 +119,10 @@ def test_fault_02_05_06_a_trial_goes_on_after_a_preemption_a_requeue_and_a_cance
     assert json.loads(bench.orc("status", "--json", sweep))["saved"] == {"preempted": 2, "cancelled": 1}
 
 
+@pytest.mark.usefixtures("unannounced")
 @pytest.mark.parametrize("form", ["trap", "exec"])
 def test_fault_04_a_trial_that_is_longer_than_its_job_goes_on_in_the_next(training: Training, form: str) -> None:
-    """A signal by hand to a job of one minute is taken for the announcement of its time limit."""
-    bench = training("n2", time=1, form=form)
+    bench = training("n2", **WINDOW, form=form)
     sweep = bench.submit()
     for attempt in range(2):
         wait_for_attempt(bench, attempt)

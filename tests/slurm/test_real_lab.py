@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import encodings.idna  # needed for sockets, and not to be read any more by a nobody who has no way into the interpreter's folder
+import encodings.idna  # noqa: F401  # for sockets; who has become nobody can't read it any more
 import os
 import shutil
 import signal
@@ -228,7 +228,7 @@ def test_a_start_that_is_killed_is_cleared_by_the_next(lab: Lab) -> None:
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # xdist's threads do nothing in the child
 @pytest.mark.skipif(os.getuid() != 0, reason="the other tests have shown it already")
 def test_an_ordinary_user_can_have_a_lab() -> None:
-    home = Path(tempfile.mkdtemp(prefix="orc-user-"))
+    home = Path(tempfile.mkdtemp(prefix="orc-user-", dir="/tmp"))  # the tests' own folder is closed to others
     os.chown(home, 65534, 65534)
     try:
         pid = os.fork()
@@ -244,6 +244,7 @@ def exit_as_nobody(home: Path) -> NoReturn:
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
+        os.environ["TMPDIR"] = str(home)
         lab = Lab(home / "lab")
         lab.up(SMALL)
         Slurm(lab).wait_for_state(Slurm(lab).submit(job(home, "id -u")), "COMPLETED")
