@@ -219,6 +219,9 @@ class Children:
         """End every worker and the preloaded parent, and wait for them."""
         if self._server is None:
             return
+        if self.channel.closed:
+            # Who would have ended what the workers have started was killed.
+            _end_groups({worker.pid for worker in self.workers.values() if worker.pid is not None})
         for worker in self.workers.values():
             worker.channel.close()
         self.channel.close()
@@ -244,6 +247,22 @@ def _end_group(pid: int) -> None:
     """Kill what a worker, the leader of its group, has left behind, such as data loaders."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+
+
+def _end_groups(pids: set[int]) -> None:
+    """As `_end_group`, when their heads may be gone for long: only groups of our own session, so of no one else."""
+    session = os.getsid(0)
+    for group in {group for group, of in _groups() if of == session and group in pids}:
+        _end_group(group)
+
+
+def _groups() -> Iterator[tuple[int, int]]:
+    """Group and session of every process of this machine: fields 5 and 6 of /proc/PID/stat (proc(5))."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                yield int(fields[2]), int(fields[3])
 
 
 def memory_kills() -> int:

@@ -103,7 +103,7 @@ def without_scontrol(folder: Path) -> str:
     """`launch.setup` by which a worker finds few programs, and not scontrol."""
     commands = folder / "commands"
     commands.mkdir()
-    for name in ("srun", "rm", "mktemp", "sleep"):
+    for name in ("srun", "rm", "mktemp", "sleep", "readlink"):
         found = shutil.which(name)
         assert found is not None
         (commands / name).symlink_to(found)
