@@ -58,6 +58,10 @@ def tell(trial):
     with (here / f"steps-{trial.index}").open("a") as steps:
         steps.write(f"{trial.attempt}:{trial.num_steps} ")
     (here / "worker").write_text(str(os.getpid()))
+    if trial.attempt == 0 and trial.num_steps in (6, 11) and (here / "orderly").exists():
+        saved = here.parent / "checkpoints" / str(trial.index)
+        while not list(saved.glob(f"{trial.num_steps - 1:012d}-*.ckpt")):
+            time.sleep(0.01)
     if trial.attempt == 0 and trial.num_steps == 12:
         time.sleep(1.1)  # it tells once a second where it is
     while trial.attempt == 0 and trial.num_steps == 13 and not trial.should_stop and not (here / "go").exists():
@@ -66,7 +70,7 @@ def tell(trial):
     time.sleep(0.03 if (here / "slow").exists() else 0.0)
 """
 """Thirty steps, five an epoch. The first attempt stays at the 13th, in the middle of the third epoch, until it is told
-of a notice, or killed, or may go on."""
+of a notice, or killed, or may go on. An orderly one waits for its saves, which come later where the disk is slow."""
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +140,7 @@ def test_fault_03_a_worker_that_is_killed_loses_what_was_not_saved_and_the_loss_
     tmp_path: Path, calm: SweepPaths
 ) -> None:
     paths = sweep(tmp_path)
+    (paths.code / "orderly").touch()
     memory = Memory(paths)
     with started(paths) as process:
         at_step_13(paths)
@@ -153,6 +158,7 @@ def test_fault_03_a_worker_that_is_killed_loses_what_was_not_saved_and_the_loss_
 
 def test_fault_03_a_job_that_is_killed_as_a_whole_goes_on_in_its_next_run(tmp_path: Path, calm: SweepPaths) -> None:
     paths = sweep(tmp_path)
+    (paths.code / "orderly").touch()
     job = {"SLURM_JOB_ID": "77", "PATH": "/nowhere"}
     with started(paths, env=job) as process:
         at_step_13(paths)

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from on_lab import Slurm
 from on_lab_sweeps import Bench
-from test_faults_on_lab import OPTIONS, restarts
+from test_faults_on_lab import OPTIONS, SHARED, restarts
 
 from orchestrator.lab import LabOptions
 
-NODE = "n6"
+NODE = "n9"
+"""Of the test that displaces what runs on it."""
 
 # An attempt stays in its second epoch until the file `go.<attempt>` is there, so that a fault finds it in the middle:
 # all its ranks do, or one of them while the others wait for it in the middle of their next step. From there on it is
@@ -77,9 +78,9 @@ Ranks = Callable[..., Bench]
 def ranks(tmp_path: Path, slurm_of: Callable[[LabOptions], Slurm]) -> Ranks:
     """Makes a sweep of one trial whose attempt `i` stays at its step `10 + i`, in the ranks `stays[i]`."""
 
-    def make(*stays: tuple[int, ...], every: str = "1h", more: str = "") -> Bench:
+    def make(*stays: tuple[int, ...], node: str, every: str = "1h", more: str = "") -> Bench:
         (tmp_path / "train.py").write_text(PROGRAM.format(stays=stays))
-        (tmp_path / "sweep.yaml").write_text(SWEEP.format(every=every, node=NODE, more=more))
+        (tmp_path / "sweep.yaml").write_text(SWEEP.format(every=every, node=node, more=more))
         return Bench(tmp_path, slurm_of(OPTIONS))
 
     return make
@@ -104,7 +105,7 @@ def finish(bench: Bench, sweep: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fault_02_a_trial_of_two_ranks_that_is_preempted_saves_at_one_step_and_ends_with_the_same_bytes(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = ranks((0, 1), more=", partition: patient")
+    bench = ranks((0, 1), node=NODE, more=", partition: patient")
     partition = ("PartitionName=patient", f"Nodes={NODE}", "PriorityTier=1", "PreemptMode=REQUEUE", "GraceTime=120")
     bench.slurm.run("scontrol", "create", *partition, "State=UP")
     sweep = bench.submit()
@@ -134,7 +135,7 @@ def test_fault_08_09_ranks_that_are_killed_or_stopped_are_named_and_the_job_goes
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first rank is killed, then the last, then the last is stopped: in one job, which outlives them all."""
-    bench = ranks((0,), (1,), (1,), every="1 steps")
+    bench = ranks((0,), (1,), (1,), node=SHARED, every="1 steps")
     sweep = bench.submit()
     faults = [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
     for attempt, (rank, number) in enumerate(faults):
