@@ -34,7 +34,7 @@ check: environment
 	$(PYTEST) -m "not slurm and not soak" --ignore tests/slurm
 
 soak: environment slurm
-	ORC_SOAK=1 $(BIN)/pytest $(LAWS)
+	ORC_SOAK=1 $(BIN)/pytest -n 2 $(LAWS)
 	$(BIN)/pytest -m soak
 
 bench: environment

@@ -211,5 +211,5 @@ def test_a_program_that_is_killed_with_its_worker_leaves_no_scratch_behind(tmp_p
 
 def test_a_variable_that_the_worker_lacks_fails_the_trial(tmp_path: Path) -> None:
     paths = sweeps.make(tmp_path, argv=("echo", "${envvar:NOT_HERE}"), trials=1)
-    sweeps.run(paths)
-    assert "give NOT_HERE under env:" in str(sweeps.fold(paths).payload(0)["error"])
+    code, said = sweeps.run(paths)
+    assert "give NOT_HERE under env:" in str(sweeps.fold(paths).payload(0).get("error")), (code, said)
