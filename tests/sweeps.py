@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import secrets
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ from orchestrator.records import Status
 from orchestrator.spec import Launch, Metric, Reduce, Retries, SweepSpec
 from orchestrator.store import JsonObject
 
-TOKEN = "a" * 32
+TOKEN, OTHER, THIRD = (secrets.token_hex(16) for _ in range(3))
+"""Of submissions, and of no test of another process beside this one: who cancels a submission ends its processes."""
 HALF = 'echo "{\\"val_loss\\": $ORC_TRIAL.5}" >> $ORC_REPORT'
 """A shell script whose trial i gives i + 0.5."""
 LIMIT_S = 30.0

@@ -12,7 +12,22 @@ from pathlib import Path
 
 import pytest
 import sweeps
-from sweeps import HALF, TOKEN, counts, fold, left_running, make, records, run, started, summary, superseded, until
+from sweeps import (
+    HALF,
+    OTHER,
+    THIRD,
+    TOKEN,
+    counts,
+    fold,
+    left_running,
+    make,
+    records,
+    run,
+    started,
+    summary,
+    superseded,
+    until,
+)
 
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause, Status
@@ -242,7 +257,7 @@ def test_a_trial_that_takes_its_worker_down_each_time_is_given_up(tmp_path: Path
     """The program kills the supervisor itself, as one does that takes its whole machine down."""
     script = f"[ $ORC_TRIAL = 0 ] && kill -KILL $(cat $ORC_SWEEP/logs/pid) && sleep 20; {HALF}"
     paths = make(tmp_path, script, trials=2, retries=Retries(unknown=1))
-    tokens = ["a" * 32, "b" * 32, "c" * 32]
+    tokens = [TOKEN, OTHER, THIRD]
     for number, token in enumerate(tokens):
         superseded(paths, token, *tokens[:number])
         with started(paths, submission=token) as process:
@@ -303,8 +318,8 @@ def test_fault_10_a_worker_that_dies_leaves_no_process_behind(tmp_path: Path) ->
 def test_a_second_submission_finishes_what_a_killed_one_left(tmp_path: Path) -> None:
     paths = make(tmp_path, WAITS, trials=4, trials_per_task=4)
     kill_while_it_runs(paths)
-    superseded(paths, "b" * 32, TOKEN)
-    assert run(paths, submission="b" * 32)[0] == 0
+    superseded(paths, OTHER, TOKEN)
+    assert run(paths, submission=OTHER)[0] == 0
     assert counts(paths) == {"complete": 4}
     assert fold(paths).attempts(0) == 2
     assert summary(paths) == undisturbed(tmp_path, paths)
@@ -337,9 +352,9 @@ def test_fault_22_a_worker_takes_over_after_the_lease(tmp_path: Path) -> None:
 def test_a_finished_sweep_is_left_alone(tmp_path: Path) -> None:
     paths = make(tmp_path)
     run(paths)
-    superseded(paths, "b" * 32, TOKEN)
+    superseded(paths, OTHER, TOKEN)
     before = summary(paths)
-    assert run(paths, submission="b" * 32)[0] == 0
+    assert run(paths, submission=OTHER)[0] == 0
     assert len(records(paths, "start")) == 3
     assert summary(paths) == before
 
@@ -350,8 +365,8 @@ def test_failed_trials_run_again_when_a_submission_says_so(tmp_path: Path) -> No
     run(paths)
     assert counts(paths) == {"complete": 2, "failed": 1}
     let_go(paths)
-    superseded(paths, "b" * 32, TOKEN, retry_failed=True)
-    assert run(paths, submission="b" * 32)[0] == 0
+    superseded(paths, OTHER, TOKEN, retry_failed=True)
+    assert run(paths, submission=OTHER)[0] == 0
     assert counts(paths) == {"complete": 3}
     assert fold(paths).disagreements == []
 
@@ -396,8 +411,8 @@ def test_a_notice_ends_in_order_and_says_that_work_is_left(tmp_path: Path, numbe
     assert fold(paths).running() == {}
     assert left_running(paths) == []
     let_go(paths)
-    superseded(paths, "b" * 32, TOKEN)
-    run(paths, submission="b" * 32)
+    superseded(paths, OTHER, TOKEN)
+    run(paths, submission=OTHER)
     assert summary(paths) == undisturbed(tmp_path, paths)
 
 
@@ -411,8 +426,8 @@ def test_a_program_has_time_to_save_after_a_notice(tmp_path: Path) -> None:
         assert process.wait(60) == 75
     assert ends(paths) == [(0, 0, "cancelled")]  # not an error of the trial, whatever its exit code
     let_go(paths)
-    superseded(paths, "b" * 32, TOKEN)
-    assert run(paths, submission="b" * 32)[0] == 0
+    superseded(paths, OTHER, TOKEN)
+    assert run(paths, submission=OTHER)[0] == 0
     assert counts(paths) == {"complete": 1}
     assert (paths.logs / "found").read_text() == "saved\n"
 
@@ -641,11 +656,11 @@ def test_workers_side_by_side_run_every_trial_once(tmp_path: Path) -> None:
 
 def test_fault_15_the_same_trial_run_twice_at_once_counts_once(tmp_path: Path) -> None:
     paths = make(tmp_path, WAITS, trials=1)
-    superseded(paths, "b" * 32, TOKEN)  # wrongly: the first one is alive
+    superseded(paths, OTHER, TOKEN)  # wrongly: the first one is alive
     with started(paths) as one:
         began(paths, 0)
         (paths.logs / "began-0").unlink()
-        with started(paths, submission="b" * 32) as two:
+        with started(paths, submission=OTHER) as two:
             began(paths, 0)
             let_go(paths)
             assert [one.wait(60), two.wait(60)] == [0, 0]
@@ -764,8 +779,8 @@ def test_fault_18_a_full_disk_ends_the_work_by_name_and_it_goes_on_when_there_is
     assert "Traceback" not in said
     assert "failed" not in counts(paths)
     fill.unlink()
-    superseded(paths, "b" * 32, TOKEN)
-    assert run(paths, submission="b" * 32)[0] == 0
+    superseded(paths, OTHER, TOKEN)
+    assert run(paths, submission=OTHER)[0] == 0
     assert counts(paths) == {"complete": 30}
     assert summary(paths) == undisturbed(tmp_path, paths)
 

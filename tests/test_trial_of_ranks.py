@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeps import TOKEN, folder, left_running, names, records, run, spec, started, superseded, until
+from sweeps import OTHER, TOKEN, folder, left_running, names, records, run, spec, started, superseded, until
 
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import SweepPlan, write_plan
@@ -206,8 +206,8 @@ def test_fault_01_at_a_notice_all_ranks_save_at_the_same_step_and_go_on_later(
     assert len(set(steps)) == 1
     assert 10 <= int(steps[0]) < STEPS
     assert left_running(paths) == []
-    superseded(paths, "b" * 32, TOKEN)
-    code, said = run(paths, submission="b" * 32)
+    superseded(paths, OTHER, TOKEN)
+    code, said = run(paths, submission=OTHER)
     assert code == 0, said
     assert [line["step"] for line in records(paths, "resume")] == [int(steps[0])]
     assert came_to(paths) == calm[ranks][:2]
@@ -279,7 +279,7 @@ def test_fault_27_another_number_of_ranks_is_refused_and_a_killed_supervisor_lea
     # Nobody's plan changes; this is what a checkpoint that came here from elsewhere would meet.
     paths.plan.unlink()
     write_plan(SweepPlan(spec=spec(program="train.py", trials=1, ranks_per_node=3), code="0" * 64), paths.plan)
-    superseded(paths, "b" * 32, TOKEN)
-    code, said = run(paths, submission="b" * 32)
+    superseded(paths, OTHER, TOKEN)
+    code, said = run(paths, submission=OTHER)
     assert code == 1, said
     assert "is of 2 ranks and can't be resumed with 3, since the result would differ" in said

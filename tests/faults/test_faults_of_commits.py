@@ -15,7 +15,7 @@ import pytest
 import sweeps
 from invariants import Memory, check, intact_lines, leftovers
 from killpoints import kill_everywhere
-from sweeps import TOKEN, counts, no_room_after, superseded
+from sweeps import OTHER, TOKEN, counts, no_room_after, superseded
 
 from orchestrator import fold as folding
 from orchestrator import ledger, parts, reducer, store, submit
@@ -97,8 +97,8 @@ def test_fault_16_a_kill_in_a_claim_leaves_no_claim_or_one_that_names_its_owner(
 def two_submissions() -> list[ledger.Submission]:
     part = ledger.Part(what="local", num_workers=1)
     return [
-        ledger.Submission(token=token * 32, epoch=epoch, on="local", host="here", parts=(part,))
-        for epoch, token in enumerate("ab")
+        ledger.Submission(token=token, epoch=epoch, on="local", host="here", parts=(part,))
+        for epoch, token in enumerate((TOKEN, OTHER))
     ]
 
 
@@ -230,11 +230,11 @@ def test_fault_16_a_kill_in_a_cancel_leaves_the_sweep_running_or_ended_and_never
     for kill in kill_everywhere(lambda: submit.cancel(paths)):
         paths.cancelled.write_text("0\n")  # of the submission before
         kill()
-        assert ledger.is_cancelled(paths, "a" * 32)
+        assert ledger.is_cancelled(paths, TOKEN)
         assert ledger.cancelled_epoch(paths) in (0, 1)
-        assert ledger.is_cancelled(paths, "b" * 32) == (ledger.cancelled_epoch(paths) == 1)
+        assert ledger.is_cancelled(paths, OTHER) == (ledger.cancelled_epoch(paths) == 1)
         submit.cancel(paths)
-        assert ledger.is_cancelled(paths, "b" * 32)
+        assert ledger.is_cancelled(paths, OTHER)
 
 
 CODE = Snapshot(
@@ -335,13 +335,13 @@ def undisturbed(paths: SweepPaths, tmp_path: Path) -> bytes:
 def test_fault_18_without_room_a_ledger_line_is_an_error_by_name_and_goes_through_later(
     paths: SweepPaths, room: int
 ) -> None:
-    superseded(paths, "a" * 32)
+    superseded(paths, TOKEN)
     size = paths.submissions.stat().st_size
     with no_room_after(size + room), pytest.raises(OrcError, match=r"submissions\.jsonl"):
-        superseded(paths, "b" * 32, "a" * 32)
-    assert [one.token for one in ledger.submissions(paths)] == ["a" * 32]
-    superseded(paths, "b" * 32, "a" * 32)
-    assert [one.token for one in ledger.submissions(paths)] == ["a" * 32, "b" * 32]
+        superseded(paths, OTHER, TOKEN)
+    assert [one.token for one in ledger.submissions(paths)] == [TOKEN]
+    superseded(paths, OTHER, TOKEN)
+    assert [one.token for one in ledger.submissions(paths)] == [TOKEN, OTHER]
 
 
 def test_fault_18_without_room_no_claim_is_left_behind(paths: SweepPaths) -> None:
@@ -406,7 +406,7 @@ def test_fault_18_a_disk_that_is_full_at_any_point_is_named_and_the_work_goes_on
     memory.look()
     check(paths, exit_codes=[code])
     filler.unlink()
-    superseded(paths, "b" * 32, TOKEN)
-    assert sweeps.run(paths, submission="b" * 32)[0] == 0
+    superseded(paths, OTHER, TOKEN)
+    assert sweeps.run(paths, submission=OTHER)[0] == 0
     sweeps.summary(paths)
     check(paths, undisturbed=undisturbed(paths, tmp_path), memory=memory, exit_codes=[0])

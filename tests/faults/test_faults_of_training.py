@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 import sweeps
 from invariants import Memory, check, processes_of
-from sweeps import TOKEN, counts, records, started, superseded, until
+from sweeps import OTHER, TOKEN, counts, records, started, superseded, until
 
 from orchestrator import logs
 from orchestrator.paths import SweepPaths
 from orchestrator.spec import Checkpoint, Retries
 from orchestrator.sweep import Sweep
-
-OTHER = "b" * 32
 
 JOB = """
 import os, time

@@ -18,7 +18,7 @@ import pytest
 import sweeps
 from invariants import Memory, check, processes_of
 from late import Late
-from sweeps import HALF, TOKEN, counts, records, started, superseded, until
+from sweeps import HALF, OTHER, TOKEN, counts, records, started, superseded, until
 
 from orchestrator import reducer
 from orchestrator.errors import TrialsFailed
@@ -34,7 +34,6 @@ touch "$ORC_SWEEP/logs/began-$ORC_TRIAL"
 while [ ! -e "$ORC_SWEEP/logs/go" ]; do sleep 0.02; done
 {HALF}
 """
-OTHER = "b" * 32
 SKEWED = Path(__file__).parent / "skewed"
 
 
