@@ -27,8 +27,8 @@ from orchestrator.meeting import Party
 
 __all__ = ["Agreement", "OutOfStep", "Wish"]
 
-_MOST_STEPS = 1000
-"""From one reduction to the next, at most: steps may become slow without warning."""
+_MOST_STEPS = 20
+"""From one reduction to the next, at most: steps may become slow without warning, and notices wait for so many."""
 
 
 class OutOfStep(OrcError):
@@ -103,9 +103,11 @@ class Agreement:
         now = self._clock()
         step_s = (now - self._asked_s) / self._gap
         self._asked_s = now
-        gap = min(math.ceil(self._every_s / step_s), _MOST_STEPS) if step_s > 0 else _MOST_STEPS
-        # A maximum of both a number and its negative tells whether all gave the same. All take the longest gap.
-        mine = [self._wish.notice, self._wish.save, at, -at, max(gap, 1) if self._every_s else 1]
+        wanted = self._every_s / step_s if step_s > 0 else math.inf
+        # At most doubled, since the first steps tell little of those that follow. All take the longest gap.
+        gap = max(1, math.ceil(min(wanted, 2 * self._gap, _MOST_STEPS)))
+        # A maximum of both a number and its negative tells whether all gave the same.
+        mine = [self._wish.notice, self._wish.save, at, -at, gap]
         self._words = torch.tensor(mine, dtype=torch.int64, device="cpu")
         assert self._group is not None
         self._work = self._group.allreduce([self._words], self._how)

@@ -6,7 +6,7 @@ import multiprocessing.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -56,3 +56,20 @@ def _nothing_is_left(request: pytest.FixtureRequest, _scratch: Path) -> Iterator
 def temporary(folder: Path) -> list[str]:
     """What the product has put into a temporary folder."""
     return sorted(name for name in os.listdir(folder) if name.startswith("orc"))  # noqa: PTH208 (a tenth of the time)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that has failed shows what the sweeps in its folder have said."""
+    report = yield
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if report.when == "call" and report.failed and folder is not None:
+        report.sections += [(str(path), path.read_text(errors="replace")[-4000:]) for path in logs(folder)]
+    return report
+
+
+def logs(folder: Path) -> list[Path]:
+    """Of sweeps, up to a screen of them."""
+    return sorted(path for path in folder.glob("**/logs/*") if path.is_file())[:20]

@@ -73,7 +73,7 @@ class Pacing:
         pass
 
 
-@pytest.mark.parametrize(("step_s", "expected"), [(0.001, 3), (0.02, 34), (0.1, 101), (3.0, 101)])
+@pytest.mark.parametrize(("step_s", "expected"), [(0.001, 8), (0.02, 34), (0.1, 101), (3.0, 101)])
 def test_short_steps_ask_seldom_and_long_ones_each_time(step_s: float, expected: int) -> None:
     clock, group = Clock(), Pacing()
     party = Party(group=Group(rank=0, world_size=2, process_group=cast(Any, group)))
@@ -82,6 +82,20 @@ def test_short_steps_ask_seldom_and_long_ones_each_time(step_s: float, expected:
         clock.now += step_s
         agreement.ask(Wish(), step)
     assert group.num == expected
+
+
+@pytest.mark.parametrize(("num_short", "most"), [(1, 2), (10, 10), (5000, 20)])
+def test_where_steps_become_long_a_notice_waits_for_few_of_them(num_short: int, most: int) -> None:
+    clock, group = Clock(), Pacing()
+    agreement = Agreement(Party(group=Group(rank=0, world_size=2, process_group=cast(Any, group))), clock=clock)
+    for step in range(num_short):
+        clock.now += 1e-5
+        agreement.ask(Wish(), step)
+    asked = group.num
+    for step in range(num_short, num_short + most):
+        clock.now += 10.0
+        agreement.ask(Wish(), step)
+    assert group.num > asked
 
 
 def test_a_save_that_one_rank_is_due_is_everyones_and_is_made_once(place: Path) -> None:
