@@ -1,6 +1,6 @@
 """A whole sweep beside the alternatives: 200 trials of the same digits training, whole commands, interleaved runs.
 
-    python benchmarks/sweep.py                    on this machine, two processes each
+    python benchmarks/sweep.py                    on this machine, two processes each; ours with packs, too
     python benchmarks/sweep.py --where lab        on a private Slurm of this machine (orchestrator.lab), two jobs each
 
 Every run starts a new process in a new, empty folder; its wall time ends when the command does. CPU time is that of the
@@ -27,6 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
 OURS = "orchestrator"
+PACKED = "orchestrator, packed in two"
 ONE_A_TASK = "submitit, one trial per task"
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -58,10 +59,13 @@ def local_commands(trials: int) -> list[Command]:
     """What is compared on this machine."""
     sweep = HERE.parent / "jobs" / "digits_mlp.yaml"
     ours = (str(Path(sys.executable).with_name("orc")), "run", str(sweep), f"run_cap={trials}", "--dir", "{folder}")
+    half = -(-trials // 2)
+    packed = (*ours, f"launch.pack={half}", f"launch.trials_per_task={half}")
     two = ("--trials", str(trials), "--processes", "2")
     optuna = (*_peer("optuna_random"), *two, "--folder", "{folder}")
     return [
         Command(name=OURS, argv=ours, trials=trials),
+        Command(name=PACKED, argv=packed, trials=trials),
         Command(name="submitit, 2 tasks", argv=(*_submitit(trials, 2), "--cluster", "local"), trials=trials),
         Command(name="Optuna, 2 processes", argv=optuna, trials=trials),
         Command(name="plain fork of 2", argv=(*_peer("fork"), *two), trials=trials),

@@ -3,9 +3,11 @@
     import orchestrator as orc
 
     orc.State                    what a job's `build` returns
+    orc.current()                the trial that a script is, which a `command:` has started
     orc.read_mnist(folder)       data sets from files: read_cifar10, read_cifar100, read_idx, read_npz, read_safetensors
     orc.losses, orc.metrics      per-sample values, and what comes of their exact sums
     orc.augment                  augmentation by the samples' keys
+    orc.curvature                how the loss curves; gradient_norms and activation_norms likewise
     orc.Sweep.open(folder)       a sweep's best trials, summary and status, from Python
     orc.Summary                  the exact monoid behind every answer
     orc.SummaryMap               a mapping of them; SummaryPair and TopN likewise
@@ -23,7 +25,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from orchestrator import augment, losses, metrics
     from orchestrator.algebra import SummaryMap, SummaryPair, TopN
+    from orchestrator.attempt import Attempt, current
+    from orchestrator.diagnostics import activation_norms, gradient_norms
     from orchestrator.errors import DataError
+    from orchestrator.hessian import curvature
     from orchestrator.readers import (
         read_cifar10,
         read_cifar100,
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from orchestrator.trial import State, Trial
 
 _HOMES = {
+    "Attempt": "orchestrator.attempt",
     "DataError": "orchestrator.errors",
     "State": "orchestrator.trial",
     "Summary": "orchestrator.summary",
@@ -45,6 +51,10 @@ _HOMES = {
     "Sweep": "orchestrator.sweep",
     "TopN": "orchestrator.algebra",
     "Trial": "orchestrator.trial",
+    "current": "orchestrator.attempt",
+    "activation_norms": "orchestrator.diagnostics",
+    "curvature": "orchestrator.hessian",
+    "gradient_norms": "orchestrator.diagnostics",
     "read_cifar10": "orchestrator.readers",
     "read_cifar100": "orchestrator.readers",
     "read_idx": "orchestrator.readers",
@@ -55,6 +65,7 @@ _HOMES = {
 _MODULES = {"augment", "losses", "metrics"}
 
 __all__ = [
+    "Attempt",
     "DataError",
     "State",
     "Summary",
@@ -64,7 +75,11 @@ __all__ = [
     "TopN",
     "Trial",
     "__version__",
+    "activation_norms",
     "augment",
+    "current",
+    "curvature",
+    "gradient_norms",
     "losses",
     "metrics",
     "read_cifar10",

@@ -18,6 +18,7 @@ from typing import TypeAlias
 import orjson
 
 from orchestrator.store import JsonObject
+from orchestrator.wording import spans
 
 __all__ = ["MARK", "Channel", "Send", "say", "serve"]
 
@@ -27,8 +28,12 @@ MARK = re.compile(rb"=== trial (\S+) attempt (\d+): ")
 """How the line begins that a worker's log has before an attempt, and after it: the trial and the attempt."""
 
 
+_GONE = (BrokenPipeError, ConnectionResetError, TimeoutError)
+"""How a peer is gone; the last when its machine is."""
+
+
 class Channel:
-    """One end of a socket pair.
+    """One end of a connection.
 
     Args:
         sock: a connected stream socket; the channel owns it.
@@ -64,7 +69,7 @@ class Channel:
         data = orjson.dumps(message) + b"\n"
         if self._sock.fileno() < 0:
             return
-        with self._sending, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        with self._sending, contextlib.suppress(*_GONE):
             if fds:
                 sent = socket.send_fds(self._sock, [data], list(fds))
                 data = data[sent:]
@@ -114,7 +119,7 @@ class Channel:
     def _read(self) -> bytes:
         try:
             return self._sock.recv(1 << 20)
-        except ConnectionResetError:
+        except _GONE:
             return b""
 
     def _fill(self, data: bytes) -> None:
@@ -168,12 +173,20 @@ def serve(
 
 def _marked(attempt: Callable[[JsonObject, Send], JsonObject], message: JsonObject, send: Send) -> JsonObject:
     name = f"trial {message['trial']} attempt {message['attempt']}"
-    say(f"=== {name}: start {message['params']}")
+    say(f"=== {name}: start {message['params']}{_company(message)}")
     began = time.monotonic()
     answer = attempt(message, send)
     end = answer.get("outcome", answer.get("detail", answer.get("broken", "done")))
     say(f"=== {name}: {end} after {time.monotonic() - began:.2f} s")
     return answer
+
+
+def _company(message: JsonObject) -> str:
+    """The trials that train together with the one of a message, in words."""
+    pack = message.get("pack")
+    if not isinstance(pack, list):
+        return ""
+    return f", in the pack of {spans(int(str(one['index'])) for one in pack if isinstance(one, dict))}"
 
 
 def _sender(channel: Channel, trial: JsonObject) -> Send:

@@ -27,6 +27,7 @@ from orchestrator.store import JsonObject
 __all__ = ["Children", "Exited", "Post", "Worker", "memory_kills"]
 
 _GROUPS = Path("/sys/fs/cgroup")
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class Post(NamedTuple):
@@ -95,7 +96,9 @@ class Children:
         paths: the sweep.
         environment: of every child.
         log_of: the log file of a worker; None prints where this process does.
-        has_ranks: several ranks train each trial, and meet in a folder of this machine.
+        has_ranks: several ranks train each trial, and meet in a folder.
+        folder: where they meet, removed in the end; None for a new one on this machine.
+        devices_of: the GPUs of a worker, as CUDA_VISIBLE_DEVICES names them; None leaves that variable alone.
 
     Raises:
         ProgramError: from `poll`, when the program can't be imported here; carries its own error.
@@ -108,12 +111,15 @@ class Children:
         log_of: Callable[[Post], Path | None] = lambda _: None,
         *,
         has_ranks: bool = False,
+        folder: Path | None = None,
+        devices_of: Callable[[Post], str | None] = lambda _: None,
     ) -> None:
         self._paths = paths
         self._environment = environment
         self._log_of = log_of
         self._has_ranks = has_ranks
-        self._folder: str | None = None
+        self._folder = None if folder is None else str(folder)
+        self._devices_of = devices_of
         self.workers: dict[Post, Worker] = {}
         self.ready = False
         self._forks = True
@@ -122,7 +128,7 @@ class Children:
 
     def open(self) -> None:
         """Start the preloaded parent."""
-        if self._has_ranks:
+        if self._has_ranks and self._folder is None:
             self._folder = str(scratch.make())
         self._server, self._channel = self._spawn()
 
@@ -132,7 +138,7 @@ class Children:
         assert self._channel is not None
         return self._channel
 
-    def _spawn(self, *extra: str) -> tuple[subprocess.Popen[bytes], Channel]:
+    def _spawn(self, *extra: str, devices: str | None = None) -> tuple[subprocess.Popen[bytes], Channel]:
         ours, theirs = socket.socketpair()
         with theirs:
             process = subprocess.Popen(
@@ -142,7 +148,7 @@ class Children:
                     *(("--folder", self._folder) if self._folder else ()),
                 ],
                 stdin=subprocess.DEVNULL,
-                env=self._environment,
+                env=self._environment if devices is None else {**self._environment, _DEVICES: devices},
                 pass_fds=[theirs.fileno()],
                 process_group=0 if "--fresh" in extra else None,
             )
@@ -159,12 +165,13 @@ class Children:
         ours, theirs = socket.socketpair()
         with theirs:
             # One request a message: a read takes the descriptors of one, and of no more than one.
-            self.channel.send({"fork": post.slot, "rank": post.rank, "log": self._log(post)}, (theirs.fileno(),))
+            request: JsonObject = {"fork": post.slot, "rank": post.rank, "log": self._log(post)}
+            self.channel.send({**request, "devices": self._devices_of(post)}, (theirs.fileno(),))
         return Worker(post, Channel(ours))
 
     def _start_fresh(self, post: Post) -> Worker:
         log = self._log(post)
-        process, channel = self._spawn("--fresh", *(("--log", log) if log else ()))
+        process, channel = self._spawn("--fresh", *(("--log", log) if log else ()), devices=self._devices_of(post))
         return Worker(post, channel, process.pid, process)
 
     def _log(self, post: Post) -> str | None:

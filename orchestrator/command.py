@@ -1,9 +1,9 @@
 """Programs that know nothing of us: a `command:` per trial, in workers that never import torch.
 
-A program finds ORC_SWEEP (the sweep's folder), ORC_TRIAL (index), ORC_SEED, ORC_PARAMS (a JSON file), ORC_CHECKPOINT (a
-folder that survives preemption), ORC_REPORT (a file to which it appends JSON lines such as {"step": 3, "val_loss":
-0.31}) and ORC_CODE (the copy of the sweep file's folder, made when the sweep was submitted). SIGTERM asks it to save;
-exit 75 means "go on later"; exit 0 without a report of the objective is a failure.
+A program finds ORC_SWEEP (the sweep's folder), ORC_TRIAL (index), ORC_ATTEMPT (from 0), ORC_SEED, ORC_PARAMS (a JSON
+file), ORC_CHECKPOINT (a folder that survives preemption), ORC_REPORT (a file to which it appends JSON lines such as
+{"step": 3, "val_loss": 0.31}) and ORC_CODE (the copy of the sweep file's folder, made when the sweep was submitted).
+SIGTERM asks it to save; exit 75 means "go on later"; exit 0 without a report of the objective is a failure.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from orchestrator import scratch, store
 from orchestrator.channel import Channel, Send, say, serve
 from orchestrator.code import Lineage
 from orchestrator.errors import ProgramError
-from orchestrator.objective import Diverged, NoResult, Objective, finite
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause
+from orchestrator.reports import Reports, new_file, said_before
 from orchestrator.signals import name_of
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Json, JsonObject
 
-__all__ = ["expand", "flat", "server"]
+__all__ = ["Reports", "Runner", "attempt_folder", "expand", "flat", "prepared", "server"]
 
 _GO_ON_LATER = 75
 _LOOK_S = 0.5
@@ -45,6 +45,7 @@ _LOOK_S = 0.5
 _PYTHON = re.compile(r"(?:python|pypy)[0-9.]*|\$\{interpreter\}")
 _PLAIN_FLAGS = re.compile(r"-[bBdEiIOPqsSuvx]+")
 _PROBE_S = 60.0
+_ROOM_BYTES = 4096
 _MACRO = re.compile(r"\$\{(?:envvar:([A-Za-z_][A-Za-z0-9_]*)|[a-z_]+)\}")
 
 
@@ -153,12 +154,15 @@ class Runner:
             with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as folder:
                 return self._run(message, Path(folder), send)
         except OSError as error:  # a full disk, say, which is not the trial's fault
+            beside = self._paths.checkpoint(int(str(message["index"])))
+            if isinstance(error, FileNotFoundError) and not beside.exists():
+                return {"gone": f"{beside}: has vanished: someone else has finished this trial"}
             return {"broken": f"{error.filename or self._scratch}: {error.strerror or error}"}
 
     def _run(self, message: JsonObject, folder: Path, send: Send) -> JsonObject:
         params = message["params"]
         assert isinstance(params, dict)
-        params_file, reports = folder / "params.json", Reports(folder / "report.jsonl", self._spec, send)
+        params_file, reports = folder / "params.json", self._reports(message, folder, send)
         params_file.write_bytes(orjson.dumps(params))
         environment = self._environment(message, params_file, reports.path)
         try:
@@ -176,7 +180,21 @@ class Runner:
         self._wait(reports)
         code, self._process = self._process.returncode, None
         reports.look(final=True)
-        return _ended(code) or reports.outcome()
+        answer = _ended(code) or self._outcome(reports)
+        if answer.get("end") == Cause.ERROR.value:
+            check_room(self._paths.checkpoints)
+        return answer
+
+    def _reports(self, message: JsonObject, folder: Path, send: Send) -> Reports:
+        """What counts lies beside the checkpoints: who goes on from one has reported what came before it."""
+        index, attempt = int(str(message["index"])), int(str(message["attempt"]))
+        earlier = earlier_with_checkpoint(self._paths.checkpoint(index), attempt)
+        path = new_file(self._paths, index, attempt, earlier)
+        return Reports(path, self._spec, send, said_before(self._paths, index, earlier))
+
+    def _outcome(self, reports: Reports) -> JsonObject:
+        """What the trial came to, after its program has left with 0."""
+        return reports.outcome()
 
     def _wait(self, reports: Reports) -> None:
         assert self._process is not None
@@ -193,18 +211,23 @@ class Runner:
         first = dict.fromkeys(map(str, (self._lineage.folder, self._lineage.code, *self._lineage.twins(sys.path))))
         return [*first, *([before] if before else [])]
 
+    def _checkpoints(self, message: JsonObject) -> Path:
+        """The attempt's checkpoint folder, which is there now."""
+        index, attempt = int(str(message["index"])), int(str(message["attempt"]))
+        return checkpoint_folder(self._paths.checkpoint(index), attempt)
+
     def _environment(self, message: JsonObject, params_file: Path, report: Path) -> dict[str, str]:
-        index = int(str(message["index"]))
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(self._python_path()),
             "ORC_SWEEP": str(self._paths.root),
-            "ORC_TRIAL": str(index),
+            "ORC_TRIAL": str(message["index"]),
+            "ORC_ATTEMPT": str(message["attempt"]),
             "ORC_SEED": str(message["seed"]),
             "ORC_PARAMS": str(params_file),
             "ORC_REPORT": str(report),
             "ORC_CODE": str(self._lineage.folder),
-            "ORC_CHECKPOINT": str(checkpoint_folder(self._paths.checkpoint(index), int(str(message["attempt"])))),
+            "ORC_CHECKPOINT": str(self._checkpoints(message)),
         }
 
 
@@ -271,12 +294,11 @@ def checkpoint_folder(folder: Path, attempt: int) -> Path:
     Raises:
         OSError: no room, say; what it began is gone again.
     """
-    mine = folder / f"attempt-{attempt}"
-    earlier = [number for number in range(attempt) if (folder / f"attempt-{number}").is_dir()]
+    mine, earlier = attempt_folder(folder, attempt), earlier_with_checkpoint(folder, attempt)
     copy = folder / f".{mine.name}.{secrets.token_hex(6)}"
     try:
-        if earlier:
-            shutil.copytree(folder / f"attempt-{earlier[-1]}", copy, copy_function=_copy_durably)
+        if earlier is not None:
+            shutil.copytree(attempt_folder(folder, earlier), copy, copy_function=_copy_durably)
             _sync_folders(copy)
         else:
             copy.mkdir(parents=True)
@@ -285,6 +307,29 @@ def checkpoint_folder(folder: Path, attempt: int) -> Path:
         shutil.rmtree(copy, ignore_errors=True)
         raise
     return mine
+
+
+def attempt_folder(folder: Path, attempt: int) -> Path:
+    """Where an attempt at the trial with this folder saves."""
+    return folder / f"attempt-{attempt}"
+
+
+def earlier_with_checkpoint(folder: Path, attempt: int) -> int | None:
+    """The newest earlier attempt that has a checkpoint folder, from which this one goes on; None without one."""
+    return max((number for number in range(attempt) if attempt_folder(folder, number).is_dir()), default=None)
+
+
+def check_room(folder: Path) -> None:
+    """Return if a line can be written there: a program that fails for want of room is not to be charged for it.
+
+    Raises:
+        OSError: it can't; names the folder.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(_ROOM_BYTES))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def _copy_durably(source: str, target: str) -> None:
@@ -329,70 +374,14 @@ def _ended(code: int) -> JsonObject | None:
     return {"end": Cause.ERROR.value, "detail": f"left with exit code {code}"}
 
 
-class Reports:
-    """The file to which a program appends its reports.
-
-    Args:
-        path: the file; it need not exist.
-        spec: for the objective.
-        send: passes reports on.
-    """
-
-    def __init__(self, path: Path, spec: SweepSpec, send: Send) -> None:
-        self.path = path
-        self._send = send
-        self._objective = Objective(spec.metric)
-        self._offset = 0
-        self._diverged = False
-        self._lines = 0
-
-    def look(self, *, final: bool = False) -> None:
-        """Take the lines that are new and complete; the `final` look takes a last one without newline, too."""
-        with contextlib.suppress(FileNotFoundError), self.path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not (final or line.endswith(b"\n")):
-                    break
-                self._offset += len(line)
-                self._take(line)
-
-    def _take(self, line: bytes) -> None:
-        try:
-            step, metrics = _split(json.loads(line), self._lines)
-            self._send({"report": {"step": step, "metrics": finite(metrics)}})
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
-            say(f"ORC_REPORT: not a report: {line[:200]!r}")
-            return
-        self._lines += 1
-        if not self._diverged:
-            try:
-                self._objective.take(step, metrics)
-            except Diverged:
-                self._diverged = True
-
-    def outcome(self) -> JsonObject:
-        """What the trial came to, after its program has left with 0."""
-        try:
-            status, payload = self._objective.outcome()
-        except NoResult as error:
-            return {"end": Cause.ERROR.value, "detail": str(error)}
-        return {"outcome": status.value, "payload": payload}
-
-
-def _split(report: dict[str, object], line: int) -> tuple[int, dict[str, float]]:
-    """Step and metrics of a report; `line` is the step of one that names none."""
-    step = report.get("step", line)
-    metrics = {
-        name: float(value) for name, value in report.items() if name != "step" and isinstance(value, (int, float))
-    }
-    if not isinstance(step, (int, float)) or step != int(step):
-        raise ValueError(f"step is {step!r}, but should be a whole number")
-    return int(step), metrics
-
-
 def server(paths: SweepPaths, spec: SweepSpec, at_end: contextlib.ExitStack) -> Callable[[Channel], None]:
     """What serves a command sweep's trials in a worker process; `at_end` removes what workers that were killed left."""
+    spec, folder = prepared(spec, at_end)
+    return lambda channel: Runner(paths, spec, channel, folder).serve()
+
+
+def prepared(spec: SweepSpec, at_end: contextlib.ExitStack) -> tuple[SweepSpec, Path]:
+    """The spec with its command as runners run it, and a folder for their files, which `at_end` removes."""
     folder = scratch.make()
     at_end.callback(shutil.rmtree, folder, ignore_errors=True)
-    spec = replace(spec, command=snapshot_first(spec.command or ()))
-    return lambda channel: Runner(paths, spec, channel, folder).serve()
+    return replace(spec, command=snapshot_first(spec.command or ())), folder

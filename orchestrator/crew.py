@@ -6,8 +6,10 @@
     crew.look()                                     every second or so; returns the ranks that are to be killed now
     crew.verdict                                    once all have ended: the message that ends the attempt
 
-Rank 0 speaks for the trial. When a rank dies, the others fail because of it, within moments and in any order: so all of
-them are heard, for a few seconds, before one is charged. A rank that is found stopped ends the others at once.
+Rank 0 speaks for the trial. Workers train it in agreement, and leave at the same place; the programs of a `command:`
+come and go by themselves, and their trial is done when all of them are. When a rank dies, the others fail because of
+it, within moments and in any order: so all of them are heard, for a few seconds, before one is charged. A rank that is
+found stopped ends the others at once.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import cast
 
 from orchestrator.records import Cause
 from orchestrator.signals import name_of
@@ -41,11 +44,14 @@ def death(status: int) -> JsonObject:
 
 
 class _Weight(IntEnum):
-    """What an ending explains, most first: a death, or a rank that was stopped; what one says of itself; of others."""
+    """What an ending explains, most first: a death, or a rank that was stopped; what one says of itself; that a program
+    goes on later; what one says of others.
+    """
 
     DEATH = 0
     OWN = 1
-    PEER = 2
+    LATER = 2
+    PEER = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +70,14 @@ class Crew:
         num_ranks: how many there are.
         silent_s: how long one may be stopped, in seconds.
         clock: seconds, monotonic.
+        in_agreement: whether they are workers, which leave together; else programs, each of which leaves when it likes.
     """
 
-    def __init__(self, num_ranks: int, *, silent_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, num_ranks: int, *, silent_s: float, clock: Callable[[], float], in_agreement: bool = True
+    ) -> None:
+        self._num_ranks = num_ranks
+        self._in_agreement = in_agreement
         self._silent_s = silent_s
         self._clock = clock
         self._here = set(range(num_ranks))
@@ -85,23 +96,46 @@ class Crew:
     def hear(self, rank: int, message: JsonObject) -> Iterator[JsonObject]:
         """Take a message of a rank; yields it if the trial says so now."""
         if "pid" in message:
-            self._members[rank] = Member.of(rank, int(str(message["pid"])))
-            members = self._members.values()
-            self._watch = Watch(members, silent_s=self._silent_s, clock=lambda: self._watched_s)
+            self._join(rank, Member.of(rank, int(str(message["pid"]))))
+        elif "member" in message:
+            self._join(rank, Member.read(cast("JsonObject", message["member"])))
+        elif "stopped" in message:
+            self._stop(rank, str(message["stopped"]))
         elif "end" in message or "gone" in message:
             self._finished.add(rank)
             is_of_all = message.get("peer") or message.get("end") == Cause.PREEMPTED.value
-            found = message if is_of_all else _named(rank, message)
-            self._end(_Weight.PEER if message.get("peer") else _Weight.OWN, rank, found)
+            self._end(self._weight(message), rank, message if is_of_all else _named(rank, message))
         elif "broken" in message:
             yield message
         elif "done" in message or "outcome" in message:
             self._finished.add(rank)
-            self._kill_by(_PARTING_S)
+            if self._in_agreement:
+                self._kill_by(_PARTING_S)
             if rank == 0:
                 self._outcome = message
         elif rank == 0:
             yield message
+        if not self._in_agreement and len(self._finished) == self._num_ranks:
+            self._kill_by(0.0)  # no program is left; whoever has run it stays only for what the others needed of it
+
+    def _weight(self, message: JsonObject) -> _Weight:
+        if message.get("peer"):
+            return _Weight.PEER
+        if self._in_agreement:
+            return _Weight.OWN
+        weights = {Cause.SIGNAL.value: _Weight.DEATH, Cause.PREEMPTED.value: _Weight.LATER}
+        return weights.get(str(message.get("end")), _Weight.OWN)
+
+    def _join(self, rank: int, member: Member) -> None:
+        self._members[rank] = member
+        self._watch = Watch(self._members.values(), silent_s=self._silent_s, clock=lambda: self._watched_s)
+
+    def _stop(self, rank: int, text: str) -> None:
+        """A rank is stopped: nobody waits for it, nor for the others, who do."""
+        if rank not in self._finished:
+            self._finished.add(rank)
+            self._end(_Weight.DEATH, rank, {"end": Cause.SIGNAL.value, "detail": text})
+            self._kill_s = self._clock()
 
     def left(self, rank: int, status: int) -> None:
         """The process of a rank has ended."""
@@ -112,7 +146,8 @@ class Crew:
 
     def _end(self, weight: _Weight, rank: int, message: JsonObject) -> None:
         self._endings.append(_Ending(weight=weight, rank=rank, message=message))
-        self._kill_by(_HEARING_S)
+        if weight is not _Weight.LATER and not message.get("noticed"):
+            self._kill_by(_HEARING_S)
 
     def _kill_by(self, after_s: float) -> None:
         until = self._clock() + after_s
@@ -127,9 +162,7 @@ class Crew:
         self._watched_s += min(now - self._looked_s, 2 * LOOK_S)
         self._looked_s = now
         for rank, text in self._stopped().items():
-            self._finished.add(rank)
-            self._end(_Weight.DEATH, rank, {"end": Cause.SIGNAL.value, "detail": text})
-            self._kill_s = now
+            self._stop(rank, text)
         if self._kill_s is None or now < self._kill_s:
             return set()
         self._is_over = True
@@ -159,15 +192,18 @@ class Crew:
         """The message that ends the attempt; None while a rank is still here."""
         if self._here:
             return None
-        if self._outcome is not None or not self._endings:
+        if not self._endings or (self._outcome is not None and self._in_agreement):
             return self._outcome or death(0)
-        # Of several deaths the first counts, of what ranks say of themselves the lowest rank's, whoever was faster.
-        return min(self._endings, key=_order).message
+        return min(self._endings, key=self._order).message
+
+    def _order(self, ending: _Ending) -> tuple[int, int]:
+        """Of several deaths the first counts, of what ranks say of themselves the lowest rank's, whoever was faster.
+
+        Of programs, which can't tell their own failure from what another's does to them, the first always counts.
+        """
+        is_by_time = ending.weight is _Weight.DEATH or not self._in_agreement
+        return ending.weight, 0 if is_by_time else ending.rank
 
 
 def _named(rank: int, message: JsonObject) -> JsonObject:
     return {**message, "detail": f"rank {rank}: {message['detail']}"} if "detail" in message else message
-
-
-def _order(ending: _Ending) -> tuple[int, int]:
-    return ending.weight, 0 if ending.weight is _Weight.DEATH else ending.rank

@@ -7,7 +7,8 @@ safe only while this process has a single thread and no CUDA context, so both ar
 the parent says so and the supervisor starts every worker as a process of its own (`--fresh`). Messages, over
 `orchestrator.channel`:
 
-    to us      {"fork": slot, "rank": rank, "log": path or null} and the worker's end of its channel, a file descriptor
+    to us      {"fork": slot, "rank": rank, "log": path or null, "devices": GPUs or null} and the worker's end of its
+               channel, a file descriptor
     from us    {"ready": true, "fork": bool}  or  {"broken": text} when the program can't be imported
                {"forked": slot, "rank": rank, "pid": pid}, later {"exited": slot, "rank": rank, "status": wait status}
 """
@@ -81,6 +82,10 @@ def load(paths: SweepPaths, at_end: contextlib.ExitStack, folder: Path | None = 
     What must be tidied up once the last worker has ended is left to `at_end`. Ranks meet in `folder`.
     """
     spec = PlanFile.open(paths.plan).spec
+    if spec.command is not None and folder is not None:
+        from orchestrator import elastic
+
+        return elastic.server(paths, spec, at_end, folder)
     if spec.command is not None:
         from orchestrator import command
 
@@ -89,6 +94,10 @@ def load(paths: SweepPaths, at_end: contextlib.ExitStack, folder: Path | None = 
         from orchestrator import rank
 
         return rank.server(paths, spec, folder)
+    if spec.launch.pack > 1:
+        from orchestrator import packer
+
+        return packer.server(paths, spec)
     from orchestrator import worker
 
     return worker.server(paths, spec)
@@ -134,8 +143,11 @@ class ForkServer:
 
     def _fork(self, message: JsonObject, fd: int) -> None:
         post, log, parent = (int(str(message["fork"])), int(str(message["rank"]))), message["log"], os.getpid()
+        devices = message.get("devices")
         pid = os.fork()
         if pid == 0:
+            if devices is not None:  # CUDA reads it when it is first used, which this process has not done
+                os.environ["CUDA_VISIBLE_DEVICES"] = str(devices)
             self._become_worker(parent, fd, str(log) if log else None)
         lead_group(pid)
         os.close(fd)

@@ -66,17 +66,31 @@ def read(path: Path, overrides: list[str], *, runs: Path) -> Intake:
     base = path.absolute().parent
     file = _program_file(spec, base)
     snapshot = code.survey(file, base, exclude=[runs.absolute(), path.absolute()], command=spec.command or ())
+    packed_by: tuple[str, ...] = ()
     if spec.command is None and spec.program is not None:
-        signatures.check(spec.program, spec.parameters.keys(), base)
+        found = signatures.check(spec.program, spec.parameters.keys(), base)
+        packed_by = _packed_by(spec, found)
     if file is not None and spec.program is not None:
         _, colon, function = spec.program.partition(":")
         spec = replace(spec, program=f"{snapshot.program}{colon}{function}")
     return Intake(
-        plan=SweepPlan(spec=spec, code=snapshot.digest),
+        plan=SweepPlan(spec=spec, code=snapshot.digest, packed_by=packed_by),
         snapshot=snapshot,
         sweep_file=path.read_bytes(),
         root=snapshot.root,
     )
+
+
+def _packed_by(spec: SweepSpec, found: signatures.Signatures | None) -> tuple[str, ...]:
+    """The parameters of which trials in a pack must have equal values: `train` is called once for all of them."""
+    if spec.launch.pack == 1:
+        return ()
+    if found is None:
+        raise ProgramError(
+            f"launch.pack: {spec.launch.pack} needs to know what train takes, which can't be read from the source of "
+            f"{spec.program}: define it there by a plain def, or set launch.pack: 1"
+        )
+    return tuple(name for name in spec.parameters if found.train.takes(name))
 
 
 def _program_file(spec: SweepSpec, base: Path) -> Path | None:

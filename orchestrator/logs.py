@@ -12,6 +12,7 @@ from orchestrator.channel import MARK
 from orchestrator.errors import NothingMatched
 from orchestrator.plan import Trial
 from orchestrator.sweep import Sweep
+from orchestrator.wording import spans
 
 __all__ = ["pieces", "show"]
 
@@ -23,7 +24,8 @@ def pieces(logs: Path, trial: str) -> Iterator[tuple[int, Path, bytes]]:
 
     An attempt that was cut off has no closing mark; its text ends where the next one's begins, or with the file.
     """
-    found = [piece for path in sorted(logs.glob("*.log")) for piece in _in_file(path, trial.encode())]
+    files = sorted(logs.glob("*.log"), key=lambda path: (path.name.startswith("rank-"), path.name))
+    found = [piece for path in files for piece in _in_file(path, trial.encode())]
     yield from sorted(found, key=lambda piece: piece[0])
 
 
@@ -64,6 +66,8 @@ def show(sweep: Sweep, trial: Trial, *, follow: bool, write: Callable[[str], Non
         NothingMatched: it has not begun.
     """
     shown: dict[tuple[int, Path], int] = {}
+    if len(pack := sweep.plan.pack(trial.index)) > 1:
+        write(f"--- trial {trial.index} is of the pack of {spans(pack)}, whose lines these are\n")
     _write_new(sweep, trial, shown, write)
     while follow and sweep.refresh().fold.status(trial.index) is None:
         time.sleep(_LOOK_S)
@@ -89,7 +93,8 @@ def _heading(sweep: Sweep, trial: Trial, attempt: int, path: Path) -> str:
 
 
 def _write_new(sweep: Sweep, trial: Trial, shown: dict[tuple[int, Path], int], write: Callable[[str], None]) -> None:
-    for attempt, path, text in pieces(sweep.paths.logs, trial.trial):
+    lead = sweep.plan.trial(sweep.plan.pack(trial.index)[0])  # by whose name a pack's lines are found
+    for attempt, path, text in pieces(sweep.paths.logs, lead.trial):
         before = shown.get((attempt, path), 0)
         if before == 0:
             write(_heading(sweep, trial, attempt, path))

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
 import socket
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,15 +39,17 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from orchestrator import store
 from orchestrator.dist import TIMEOUT_S, Group, PeerLost
 from orchestrator.roll import NotMet, Roll, is_of_others, sockets, within
+from orchestrator.seat import LOOPBACK
 
-__all__ = ["LOOPBACK", "Foreign", "Invitation", "NotMet", "Party", "met"]
+__all__ = ["LOOPBACK", "Foreign", "Invitation", "NotMet", "Party", "hosted", "interface_towards", "met"]
 
-LOOPBACK = "127.0.0.1"
 _CONNECT_S = 5.0
 """After how long without an answer, in seconds, the address is read again."""
 _CONNECT_LEAST_S = 0.5
 _SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.002, 0.1
 _BACKLOG = 4096
+_DISCARD = 9
+_SIOCGIFADDR = 0x8915
 _CARD_BYTES = 512
 """Of what a rank shows the others: the nonce's digest, and whose it is."""
 
@@ -140,6 +144,21 @@ def met(call: Invitation) -> Iterator[Party]:
     dist.destroy_process_group()
 
 
+def hosted(call: Invitation) -> TCPStore:
+    """The store of ranks that are programs and meet in it by themselves. Its `host` and `port` are what they are told.
+
+    Rank 0 listens, for as long as it keeps what this returns; the others look where, and make sure that it is theirs.
+
+    Raises:
+        NotMet: it can't be had.
+    """
+    _check_folder(call.folder)
+    try:
+        return (_publish(call) if call.rank == 0 else _find(call))[0]
+    except (OSError, dist.DistError, RuntimeError) as error:
+        raise NotMet(f"{_name(call)}: no store for its ranks: {str(error).partition(chr(10))[0]}") from error
+
+
 def _meet(call: Invitation) -> Party:
     if call.world_size == 1:
         return Party.alone()
@@ -184,10 +203,15 @@ def _join(call: Invitation) -> Party:
 
 @contextlib.contextmanager
 def _listening_on(host: str) -> Iterator[None]:
-    """Have gloo listen on loopback alone when that is where all ranks are; else it asks the machine's name."""
+    """Have gloo listen on loopback alone when that is where all ranks are, else where rank 0's machine is reached.
+
+    Left to itself it takes the address of the machine's name, and that is often loopback. What the user has set holds.
+    """
     name, before = "GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME")
     if host == LOOPBACK:
         os.environ[name] = "lo"
+    elif before is None and (found := interface_towards(host)):
+        os.environ[name] = found
     try:
         yield
     finally:
@@ -195,6 +219,26 @@ def _listening_on(host: str) -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = before
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface with the address from which this machine talks to `host`, itself perhaps.
+
+    None where that can't be told, as for IPv6.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((host, _DISCARD))  # of a datagram socket, this sends nothing
+        own = sock.getsockname()[0]
+        return next((name for _, name in socket.if_nameindex() if _address(sock, name) == own), None)
+    return None
+
+
+def _address(sock: socket.socket, interface: str) -> str | None:
+    """An interface's IPv4 address (netdevice(7))."""
+    with contextlib.suppress(OSError):
+        answer = fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        return socket.inet_ntoa(answer[20:24])
+    return None
 
 
 # The file
@@ -221,7 +265,8 @@ class _Address:
 
 
 def _publish(call: Invitation) -> tuple[TCPStore, str]:
-    at = LOOPBACK if call.host == LOOPBACK else ""
+    # A name may mean another address here than elsewhere.
+    at = call.host if _is_address(call.host) else ""
     listener = socket.create_server((at, 0), backlog=_BACKLOG)
     port, nonce = int(listener.getsockname()[1]), secrets.token_hex(16)
     found = TCPStore(
@@ -236,6 +281,13 @@ def _publish(call: Invitation) -> tuple[TCPStore, str]:
     content: store.JsonObject = {"host": call.host, "port": port, "nonce": nonce, "whose": call.whose}
     store.write(call.file, store.checked(content))
     return found, nonce
+
+
+def _is_address(host: str) -> bool:
+    try:
+        return bool(socket.inet_pton(socket.AF_INET, host))
+    except OSError:
+        return False
 
 
 def _unpublish(call: Invitation) -> None:

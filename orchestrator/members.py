@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 
 import torch
 
-__all__ = ["REMEDY", "Each", "PerMember", "Stacked", "Unpackable", "gathered", "of_member"]
+__all__ = ["REMEDY", "Each", "PerMember", "Stacked", "Unlike", "Unpackable", "gathered", "of_member"]
 
 REMEDY: Final = "to train its trials one by one, set launch.pack: 1"
 
@@ -24,6 +24,20 @@ class Unpackable(TypeError):
 
     def __init__(self, text: str) -> None:
         super().__init__(f"{text}; {REMEDY}")
+        self.reason = text
+
+
+class Unlike(Unpackable):
+    """Trials have built what can't be stacked, and can train apart.
+
+    Args:
+        text: where they differ.
+        groups: those that are alike, by their places; the groups in the order of their first.
+    """
+
+    def __init__(self, text: str, groups: list[list[int]]) -> None:
+        super().__init__(text)
+        self.groups = groups
 
 
 class PerMember(torch.Tensor):

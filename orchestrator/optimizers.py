@@ -12,7 +12,7 @@ can differ from torch's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from operator import itemgetter
 from typing import ClassVar, TypeAlias, cast
@@ -90,6 +90,15 @@ class PackedOptimizer(ABC):
             if type(opt) is not type(opts[0]):
                 raise Unpackable("trials of one pack must have one class of optimizer, and build gave SGD and AdamW")
         return _KINDS[type(opts[0])](cast("Sequence[torch.optim.Optimizer]", opts), slots)
+
+    @classmethod
+    def are_alike(cls, one: torch.optim.Optimizer | None, other: torch.optim.Optimizer | None) -> bool:
+        """Whether two members' optimizers are of one kind."""
+        if one is None or other is None or type(one) is not type(other) or type(one) not in _KINDS:
+            return type(one) is type(other)
+        switches = _KINDS[type(one)].switches
+        ours, theirs = ([[group[key] for key in switches] for group in opt.param_groups] for opt in (one, other))
+        return ours == theirs
 
     def _check(self, number: int) -> None:
         for member, opt in enumerate(self._opts):
@@ -195,10 +204,12 @@ class _Sgd(PackedOptimizer):
             "decay": _Factors(decay),
         }
         self._decays[number] = bool(decay.any())
+        self._dampens[number] = bool((has_momentum & (dampening != 0)).any())
 
     def __init__(self, opts: Sequence[torch.optim.Optimizer], slots: Sequence[Slot]) -> None:
         self._has_momentum: dict[int, torch.Tensor] = {}
         self._decays: dict[int, bool] = {}
+        self._dampens: dict[int, bool] = {}
         self._factors: dict[int, dict[str, _Factors]] = {}
         super().__init__(opts, slots)
 
@@ -213,8 +224,10 @@ class _Sgd(PackedOptimizer):
             momentum = factors["momentum"].like(stack)
             if buffer is None:
                 buffer = self._begun(number, slot, grad.clone())
-            else:
+            elif self._dampens[number]:
                 buffer.mul_(momentum).addcmul_(grad, factors["gain"].like(stack))
+            else:
+                torch.addcmul(grad, buffer, momentum, out=buffer)
             grad = grad.addcmul_(buffer, momentum) if self._is_on(number, "nesterov") else buffer
         stack.addcmul_(grad, factors["rate"].like(stack))
 
@@ -291,8 +304,7 @@ class _AdamW(PackedOptimizer):
         self._made(slot, key, value)
 
 
-_Kind: TypeAlias = "Callable[[Sequence[torch.optim.Optimizer], Sequence[Slot]], PackedOptimizer]"
-_KINDS: dict[type, _Kind] = {torch.optim.SGD: _Sgd, torch.optim.AdamW: _AdamW}
+_KINDS: dict[type, type[PackedOptimizer]] = {torch.optim.SGD: _Sgd, torch.optim.AdamW: _AdamW}
 
 
 def _slots_by_group(opts: Sequence[torch.optim.Optimizer], slots: Sequence[Slot]) -> list[list[Slot]]:

@@ -16,9 +16,10 @@ network that draws random numbers, as dropout does, draws them for the whole pac
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NoReturn, cast
@@ -30,19 +31,20 @@ from orchestrator.checkpoint import Checkpoint
 from orchestrator.course import Loop
 from orchestrator.keeper import Keeper
 from orchestrator.loading import Augment
-from orchestrator.members import Each, PerMember, Stacked, Unpackable, of_member
+from orchestrator.members import Each, PerMember, Stacked, Unlike, Unpackable, of_member
+from orchestrator.metrics import Derived
 from orchestrator.objective import Diverged
 from orchestrator.optimizers import PackedOptimizer
 from orchestrator.precision import Losses
 from orchestrator.sampling import Order, Weights
 from orchestrator.spec import Metric
-from orchestrator.stack import Stack
+from orchestrator.stack import Stack, are_alike
 from orchestrator.statetree import Tree
 from orchestrator.store import JsonObject
 from orchestrator.summary import Summary
-from orchestrator.trial import Reported, Result, State, Trial, stream
+from orchestrator.trial import Reported, Result, State, Trial, derive, stream
 
-__all__ = ["Member", "PackedTrial"]
+__all__ = ["Member", "PackedTrial", "seed_of"]
 
 _VALIDATION_BATCH = 512
 
@@ -70,6 +72,11 @@ class _Own(Trial):
     """A member as it builds, reports and ends: a trial whose network lies in the stack."""
 
     is_over = False
+
+    @property
+    def value(self) -> float | None:
+        """Its objective, as it counts so far."""
+        return self._objective.value
 
     def end(self) -> None:
         """It takes part no more: of what it is now nothing changes."""
@@ -122,11 +129,10 @@ class PackedTrial(Trial):
     ) -> None:
         if not members:
             raise ValueError("a pack needs at least 1 member, found none")
-        names = hashlib.sha256("/".join(str(one.seed) for one in members).encode()).digest()
         super().__init__(
             index=members[0].index,
             params=_common([one.params for one in members]),
-            seed=int.from_bytes(names[:8], "big") >> 1,
+            seed=seed_of(one.seed for one in members),
             metric=metric,
             emit=lambda report: None,
             attempt=attempt,
@@ -173,6 +179,10 @@ class PackedTrial(Trial):
         """A network that the job makes itself can't be stacked."""
         raise Unpackable("the job makes its network itself, by trial.keep, and a pack needs trial.build(build)")
 
+    def watch(self, **wanted: object) -> NoReturn:
+        """What is watched would be the pack's, and no trial's."""
+        raise Unpackable("the job calls trial.watch, which looks at one network at a time")
+
     def result(self, bar: float | None) -> NoReturn:
         """See `results`."""
         raise Unpackable("a pack has a result for each member")
@@ -191,12 +201,11 @@ class PackedTrial(Trial):
             # Within torch.func.vmap, torch.autocast has no effect.
             raise Unpackable(f"the job asks for precision {precision!r}, and a pack computes in that of its networks")
         states = [self._built(one, build) for one in self.members]
-        names = list(states[0].others)
-        if any(list(state.others) != names for state in states):
-            raise Unpackable("the trials of one pack must give orc.State the same names")
-        net = Stack([state.net for state in states])
-        opt = PackedOptimizer.of([state.opt for state in states], net.slots)
-        others: dict[str, Any] = {name: Each([state.others[name] for state in states]) for name in names}
+        try:
+            net, opt, others = _together(states)
+        except Unpackable as error:
+            groups = _groups(states)
+            raise error if len(groups) == 1 else Unlike(error.reason, groups) from None
         _seed(self._seed)
         torch.manual_seed(stream(self._seed, "train"))
         # It steps and is saved as an optimizer is, but knows no closures and the like.
@@ -291,7 +300,7 @@ class PackedTrial(Trial):
         found = self._values(losses, batch)
         if "loss" not in found:
             raise KeyError(f'losses must give "loss", the values that are trained on; it gave {", ".join(found)}')
-        loss = found["loss"]
+        loss = _weighted(found["loss"], found.get("weight"))
         loss.backward(torch.full_like(loss, share * len(loss) / loss.numel()))  # type: ignore[no-untyped-call]  # torch's gap
         return loss.detach().reshape(len(loss), -1).mean(dim=1).mul_(share)
 
@@ -306,12 +315,19 @@ class PackedTrial(Trial):
 
     @torch.no_grad()
     def validate(  # type: ignore[override]  # a number for each member
-        self, losses: Losses, samples: object, *, batch_size: int = _VALIDATION_BATCH, prefix: str = "val_"
+        self,
+        losses: Losses,
+        samples: object,
+        *,
+        batch_size: int = _VALIDATION_BATCH,
+        prefix: str = "val_",
+        derived: Mapping[str, Derived] | None = None,
     ) -> dict[str, PerMember]:
         """As for a trial, of each member: the exact mean over all samples of every value that `losses` gives.
 
         Raises:
-            ValueError: there is no sample, or `losses` gives other than one value a sample.
+            ValueError: there is no sample, or `losses` gives other than one value a sample; or something is derived
+                under a name that `losses` gives.
         """
         if self._course.is_under_way:
             return self._answered()
@@ -319,12 +335,31 @@ class PackedTrial(Trial):
         if not num:
             raise ValueError("there is nothing to validate: expected at least 1 sample, found a data set of 0")
         values = self._evaluated_by_member(losses, data.dealt(samples, batch_size, num, self.device, 0, 1))  # type: ignore[arg-type]
-        found = {prefix + name: torch.cat(parts, dim=1) for name, parts in values.items()}
+        found = {name: torch.cat(parts, dim=1) for name, parts in values.items()}
         for name, value in found.items():
             if value.shape[1] != num:
-                raise ValueError(f"{name}: losses must give one value a sample: expected {num}, found {value.shape[1]}")
-        self._validated.update(found)
-        return self.report_all({name: Each(list(value)) for name, value in found.items()})  # type: ignore[misc]
+                raise ValueError(
+                    f"{prefix}{name}: losses must give one value a sample: expected {num}, found {value.shape[1]}"
+                )
+        weight = found.pop("weight", None)
+        if weight is not None:
+            # Beside each value its weight; of float32 and the like this is exact.
+            found = {name: torch.stack((value.double(), weight.double())) for name, value in found.items()}
+        self._validated.update({prefix + name: value for name, value in found.items()})
+        reported = {name: _by_member(value) for name, value in found.items() if not name.startswith("_")}
+        further = self._derived(found, derived) if derived else {}
+        return self.report_all({prefix + name: value for name, value in (reported | further).items()})  # type: ignore[misc]
+
+    def _derived(self, found: Mapping[str, torch.Tensor], metrics: Mapping[str, Derived]) -> dict[str, Each]:
+        """What `metrics` give for each member; NaN for one that has ended."""
+        summaries = {name: _summaries(value) for name, value in found.items()}
+        rows = [
+            dict.fromkeys(metrics, math.nan)
+            if member.is_over
+            else derive({name: of[number] for name, of in summaries.items()}, metrics)
+            for number, member in enumerate(self.members)
+        ]
+        return {name: Each([row[name] for row in rows]) for name in metrics}
 
     def _evaluated_by_member(self, losses: Losses, batches: Iterator[data.Batch]) -> dict[str, list[torch.Tensor]]:
         """Per-sample values by name, shape (members, batch) each, in the order of the batches."""
@@ -343,7 +378,7 @@ class PackedTrial(Trial):
     def summaries(self) -> Mapping[str, Each]:  # type: ignore[override]  # a Summary for each member
         """The Summary of each member behind each mean that `validate` has reported, the last of each name."""
         validated = cast("dict[str, torch.Tensor]", self._validated)
-        return {name: Each([Summary.of_samples(one) for one in value]) for name, value in validated.items()}
+        return {name: Each(_summaries(value)) for name, value in validated.items()}
 
     def report_all(  # type: ignore[override]  # a number for each member
         self, metrics: Mapping[str, Reported], *, step: int | None = None
@@ -424,9 +459,69 @@ class PackedTrial(Trial):
             NoResult: the objective was never reported; the text says what was.
             Interrupted: the job has ended before it came back to where it was to go on.
         """
+        self.check_end()
+        return [member.result(bar) for member in self.members]
+
+    def check_end(self) -> None:
+        """Look whether the job may have ended.
+
+        Raises:
+            Interrupted: it has ended before it came back to where it was to go on.
+        """
         if self._course.is_under_way:
             super().result(None)
-        return [member.result(bar) for member in self.members]
+
+    def bar(self, bar: float | None, top: int, among: Iterable[int]) -> float | None:
+        """The value that a member must at least equal to be one of the `top` best of those `among`, and to reach `bar`.
+
+        Args:
+            bar: None if there is none.
+            top: how many rank.
+            among: indices of members.
+        """
+        sign = 1.0 if self._metric.goal == "minimize" else -1.0
+        of = set(among)
+        values = [member.value for member in self.members if member.index in of]
+        ranked = sorted(sign * value for value in values if value is not None and math.isfinite(value))
+        bars = [*ranked[top - 1 : top], *([] if bar is None else [sign * bar])]
+        return sign * min(bars) if bars else None
+
+
+def seed_of(seeds: Iterable[int]) -> int:
+    """What a pack draws for all of its members together is seeded by this: 63 bit of the sha256 of their seeds."""
+    digest = hashlib.sha256("/".join(map(str, seeds)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _together(states: Sequence[State]) -> tuple[Stack, PackedOptimizer, dict[str, Any]]:
+    """What the members have built, as one.
+
+    Raises:
+        Unpackable: that can't be.
+    """
+    names = list(states[0].others)
+    if any(list(state.others) != names for state in states):
+        raise Unpackable("the trials of one pack must give orc.State the same names")
+    net = Stack([state.net for state in states])
+    opt = PackedOptimizer.of([state.opt for state in states], net.slots)
+    return net, opt, {name: Each([state.others[name] for state in states]) for name in names}
+
+
+def _groups(states: Sequence[State]) -> list[list[int]]:
+    """Places of members that have built alike, the groups in the order of their first."""
+    groups: list[list[int]] = []
+    for place, state in enumerate(states):
+        found = next((group for group in groups if _are_alike(states[group[0]], state)), None)
+        if found is None:
+            groups.append([place])
+        else:
+            found.append(place)
+    return groups
+
+
+def _are_alike(one: State, other: State) -> bool:
+    is_opt_alike = PackedOptimizer.are_alike(one.opt, other.opt)
+    return is_opt_alike and list(one.others) == list(other.others) and are_alike(one.net, other.net)
 
 
 def _seed(seed: int) -> None:
@@ -434,6 +529,25 @@ def _seed(seed: int) -> None:
     random.seed(stream(seed, "python"))
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(stream(seed, "numpy") % 2**32)
+
+
+def _weighted(loss: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    if weight is None:
+        return loss
+    if weight.shape != loss.shape:
+        raise ValueError(f"losses must give as many weights as losses, found {weight[0].numel()} for {loss[0].numel()}")
+    return loss * weight.detach()
+
+
+def _summaries(value: torch.Tensor) -> list[Summary]:
+    """Each member's Summary of values, shape (members, samples), or of values and weights, (2, members, samples)."""
+    if value.dim() == 2:
+        return [Summary.of_samples(one) for one in value]
+    return [Summary.of_samples(one, weights) for one, weights in zip(*value, strict=True)]
+
+
+def _by_member(value: torch.Tensor) -> Each:
+    return Each(list(value) if value.dim() == 2 else _summaries(value))
 
 
 def _common(params: Sequence[JsonObject]) -> JsonObject:

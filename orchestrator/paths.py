@@ -97,6 +97,14 @@ class SweepPaths:
         """Resume state of one trial."""
         return self.checkpoints / str(index)
 
+    def program_report(self, index: int, attempt: int, name: str) -> Path:
+        """What a program reports in an attempt; `name` tells copies of the attempt apart."""
+        return self.checkpoints / f"{index}.{attempt}.{name}.jsonl"
+
+    def report_note(self, index: int, attempt: int) -> Path:
+        """Which file the reports of an attempt are in, and which attempt it goes on from."""
+        return self.checkpoints / f"{index}.{attempt}.reports"
+
     @property
     def models(self) -> Path:
         """Folder of the weights kept because they rank."""
@@ -134,9 +142,9 @@ class SweepPaths:
         """Folder of what workers print."""
         return self.root / "logs"
 
-    def slot_log(self, submission: str, slot: int) -> Path:
-        """What the worker in one slot of a supervisor with several prints; `submission` is the token."""
-        return self.logs / f"local-{submission[:8]}-{slot}.log"
+    def slot_log(self, submission: str, worker: int, slot: int) -> Path:
+        """What the worker in one slot of a supervisor with several prints; `worker` is the supervisor's number."""
+        return self.logs / f"slot-{submission[:8]}-{worker}-{slot}.log"
 
     def rank_log(self, submission: str, worker: int, slot: int, rank: int) -> Path:
         """What a rank that doesn't speak for its trial prints; `worker` is the supervisor's number."""

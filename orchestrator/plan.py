@@ -3,6 +3,7 @@
     plan = SweepPlan(spec=spec, code=digest)      plan.id, plan.num_trials, plan.trial(7), iteration: nothing laid out
     write_plan(plan, paths.plan)                  header and a line a trial, streamed
     PlanFile.open(paths.plan).trial(7)            read back at random, without reading the rest
+    plan.pack(7)                                  the trials that train together with trial 7, itself among them
 
 Trial i has parameters and seed that depend on the sweep's seed and on i alone; its id is `<i>-<8 hex>` of their hash.
 """
@@ -10,11 +11,11 @@ Trial i has parameters and seed that depend on the sweep's seed and on i alone; 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, Self, TypeAlias, cast
 
 import orjson
 
@@ -22,7 +23,7 @@ from orchestrator.errors import FolderError
 from orchestrator.spec import SweepSpec
 from orchestrator.store import JsonObject, canonical, write_lines
 
-__all__ = ["SCHEMA", "Blocks", "PlanFile", "SweepPlan", "Trial", "blocks", "write_plan"]
+__all__ = ["SCHEMA", "Blocks", "Pack", "PlanFile", "SweepPlan", "Trial", "blocks", "packs", "write_plan"]
 
 SCHEMA = 1
 """Version of everything in a sweep's folder."""
@@ -68,10 +69,12 @@ class SweepPlan:
     Args:
         spec: a faultless spec, as `orchestrator.sweepfile` reads it.
         code: sha256 of the code snapshot, in hexadecimal digits; part of the sweep's identity.
+        packed_by: parameters of which the trials of a pack have equal values; they follow from the code.
     """
 
     spec: SweepSpec
     code: str
+    packed_by: tuple[str, ...] = ()
     _point: Callable[[int], JsonObject] = field(init=False, repr=False, compare=False)
     _seed: Callable[[int, int], int] = field(init=False, repr=False, compare=False)
 
@@ -107,6 +110,17 @@ class SweepPlan:
     def __iter__(self) -> Iterator[Trial]:
         return map(self.trial, range(self.num_trials))
 
+    @property
+    def blocks(self) -> Blocks:
+        """How its trials are dealt."""
+        return _dealt(self.spec, self.num_trials)
+
+    def packs(self) -> Iterator[Pack]:
+        """Every pack, block by block."""
+        for block in range(self.blocks.num_blocks):
+            trials = map(self.trial, self.blocks.trials(block, self.num_trials))
+            yield from packs(trials, self.packed_by, self.spec.launch.pack)
+
 
 class Blocks(NamedTuple):
     """How trials are dealt: `num_blocks` blocks of `size` consecutive trials, the last one maybe shorter."""
@@ -119,15 +133,40 @@ class Blocks(NamedTuple):
         return range(block * self.size, min((block + 1) * self.size, num_trials))
 
 
-def blocks(num_trials: int, trials_per_task: int | None = None) -> Blocks:
-    """Blocks of `trials_per_task`; None makes at most 100 blocks."""
-    size = trials_per_task or max(1, -(-num_trials // 100))
+def blocks(num_trials: int, trials_per_task: int | None = None, pack: int = 1) -> Blocks:
+    """Blocks of `trials_per_task`; None makes at most 100 blocks, of at least `pack` trials."""
+    size = trials_per_task or max(pack, -(-num_trials // 100))
     return Blocks(size, -(-num_trials // size))
+
+
+def _dealt(spec: SweepSpec, num_trials: int) -> Blocks:
+    return blocks(num_trials, spec.launch.trials_per_task, spec.launch.pack)
+
+
+Pack: TypeAlias = "tuple[int, ...]"
+"""Indices of the trials that train together, each at its place."""
+
+
+def packs(trials: Iterable[Trial], packed_by: Iterable[str], most: int) -> list[Pack]:
+    """The packs of a block, in the order of their first trials.
+
+    Trials with equal parameters of the names `packed_by` are gathered in their order, `most` to a pack.
+    """
+    found: list[list[int]] = []
+    fillable: dict[bytes, list[int]] = {}
+    for trial in trials:
+        key = canonical({name: trial.params[name] for name in packed_by if name in trial.params})
+        if len(fillable.get(key, range(most))) >= most:
+            fillable[key] = []
+            found.append(fillable[key])
+        fillable[key].append(trial.index)
+    return list(map(tuple, found))
 
 
 def _lines(plan: SweepPlan) -> Iterator[bytes]:
     header: JsonObject = {"kind": "plan", "schema": SCHEMA, "sweep": plan.id, "num_trials": plan.num_trials}
-    yield orjson.dumps({**header, "code": plan.code, "spec": plan.spec.to_json()}) + b"\n"
+    packed_by: JsonObject = {"packed_by": [*plan.packed_by]} if plan.spec.launch.pack > 1 else {}
+    yield orjson.dumps({**header, "code": plan.code, **packed_by, "spec": plan.spec.to_json()}) + b"\n"
     for trial in plan:
         yield orjson.dumps(trial.to_json()) + b"\n"
 
@@ -149,12 +188,14 @@ class PlanFile:
         num_trials: how many trials there are.
         code: sha256 of the code snapshot.
         spec: what was planned.
+        packed_by: parameters of which the trials of a pack have equal values.
     """
 
-    __slots__ = ("_data", "_first", "_path", "code", "id", "num_trials", "spec")
+    __slots__ = ("_data", "_first", "_packs", "_path", "code", "id", "num_trials", "packed_by", "spec")
 
     def __init__(self, path: Path, data: mmap.mmap | bytes) -> None:
         self._path, self._data = path, data
+        self._packs: tuple[int, list[Pack]] = -1, []
         self._first = data.find(b"\n") + 1
         header = self._object(0, self._first)
         if header.get("kind") != "plan":
@@ -167,6 +208,7 @@ class PlanFile:
             self.id, self.code = str(header["sweep"]), str(header["code"])
             self.num_trials = int(cast("int", header["num_trials"]))
             self.spec = SweepSpec.from_json(cast("JsonObject", header["spec"]))
+            self.packed_by = tuple(map(str, cast("list[str]", header.get("packed_by", []))))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(f"its header lacks or garbles {error}") from error
         self._check_end()
@@ -221,6 +263,26 @@ class PlanFile:
                 raise self._damaged(f"where trial {index} is expected, there is {trial.index}")
             yield trial
             start = end
+
+    @property
+    def blocks(self) -> Blocks:
+        """How its trials are dealt."""
+        return _dealt(self.spec, self.num_trials)
+
+    def pack(self, index: int) -> Pack:
+        """The trials that train together with trial `index`, itself among them; without packs itself alone.
+
+        Raises:
+            FolderError, IndexError: as `trial`.
+        """
+        most = self.spec.launch.pack
+        if most == 1:
+            return (index,)
+        block = index // self.blocks.size
+        if self._packs[0] != block:
+            trials = map(self.trial, self.blocks.trials(block, self.num_trials))
+            self._packs = block, packs(trials, self.packed_by, most)
+        return next(pack for pack in self._packs[1] if index in pack)
 
     def _object(self, start: int, end: int) -> JsonObject:
         try:

@@ -76,7 +76,12 @@ class Precision:
         return None if self.scaler is None else self.scaler.scale
 
     def step(
-        self, opt: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], *, clip_norm: float | None = None
+        self,
+        opt: torch.optim.Optimizer,
+        parameters: Iterable[torch.Tensor],
+        *,
+        clip_norm: float | None = None,
+        look: Callable[[], None] | None = None,
     ) -> bool:
         """Have the optimizer step; returns whether it has, which it does not where fp16 overflowed.
 
@@ -85,6 +90,7 @@ class Precision:
             parameters: whose gradients are clipped.
             clip_norm: the most that the norm of all gradients together may be (Pascanu et al. 2013, On the difficulty
                 of training recurrent neural networks, ICML, algorithm 1); None for no limit.
+            look: called when the gradients are what the loss gave, before they are clipped.
 
         Raises:
             ValueError: `clip_norm` is not positive.
@@ -94,6 +100,8 @@ class Precision:
         scaler = self.scaler
         if scaler is not None:
             scaler.unscale_(opt)
+        if look is not None:
+            look()
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
         if scaler is None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from orchestrator import handover, show
 from orchestrator.ledger import Part, Submission
 from orchestrator.paths import SweepPaths
-from orchestrator.plan import blocks
 from orchestrator.spec import Launch
 
 if TYPE_CHECKING:
     from orchestrator.intake import Intake
+    from orchestrator.plan import SweepPlan
     from orchestrator.store import JsonObject
 
 __all__ = ["as_json", "scripts", "text"]
@@ -30,11 +30,12 @@ def as_json(taken: Intake) -> JsonObject:
 def text(taken: Intake) -> str:
     """The sweep in a few lines: how many trials in how many blocks, and the first of them."""
     plan, spec = taken.plan, taken.plan.spec
-    size, count = blocks(plan.num_trials, spec.launch.trials_per_task)
+    size, count = plan.blocks
     lines = [
         f"{plan.id}: {show.plural(plan.num_trials, 'trial')} ({spec.method}), {show.plural(count, 'block')} of {size}",
         f"  {spec.metric.goal} {spec.metric.name}, seed {spec.seed}, {_width(spec.launch)} a trial",
         f"  code: {show.plural(len(taken.snapshot.files), 'file')} of {show.path(taken.root)}",
+        *([_packs(plan)] if spec.launch.pack > 1 else []),
         *(f"  left out of the code: {line}" for line in taken.snapshot.skipped),
     ]
     first = list(islice(plan, _SHOWN))
@@ -47,6 +48,16 @@ def text(taken: Intake) -> str:
     return "\n".join(lines)
 
 
+def _packs(plan: SweepPlan) -> str:
+    """How many packs there are, and what keeps trials apart."""
+    sizes = [len(pack) for pack in plan.packs()]
+    least, most = min(sizes, default=0), max(sizes, default=0)
+    found = f"{show.plural(len(sizes), 'pack')} of {most if least == most else f'{least} to {most}'} trials"
+    apart = [name for name in plan.packed_by if name in plan.spec.parameters]
+    by = f"; trials of a pack have equal {', '.join(apart)}" if apart else ""
+    return f"  packs of up to {plan.spec.launch.pack}: {found}{by}"
+
+
 def _width(launch: Launch) -> str:
     threads = show.plural(launch.cpus, "thread")
     return threads if launch.num_ranks == 1 else f"{show.plural(launch.num_ranks, 'rank')} of {threads}"
@@ -55,7 +66,7 @@ def _width(launch: Launch) -> str:
 def scripts(taken: Intake, runs: Path) -> str:
     """The sbatch scripts that a submission would hand over, one array of workers and the reducers."""
     plan = taken.plan
-    workers = Part(what="workers-0", num_workers=blocks(plan.num_trials, plan.spec.launch.trials_per_task).num_blocks)
+    workers = Part(what="workers-0", num_workers=plan.blocks.num_blocks)
     parts = (workers, *handover.reducers(plan.spec, plan.num_trials))
     submission = Submission(token=_NO_TOKEN, epoch=0, on="slurm", host="", parts=parts)
     paths = SweepPaths(runs / plan.id)

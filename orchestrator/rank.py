@@ -18,17 +18,19 @@ from orchestrator.dist import PeerLost
 from orchestrator.errors import OrcError
 from orchestrator.job import Job
 from orchestrator.keeper import Interrupted, Keeper
-from orchestrator.meeting import Invitation, NotMet, met
+from orchestrator.meeting import LOOPBACK, Invitation, NotMet, met
 from orchestrator.paths import SweepPaths
 from orchestrator.records import Cause
 from orchestrator.spec import SweepSpec
 from orchestrator.store import JsonObject
-from orchestrator.worker import Worker, loaded
+from orchestrator.worker import Worker, check_devices, loaded
 
 __all__ = ["RankWorker", "server"]
 
 _JOIN_S = 60.0
 """How long to wait for the others at the begin, at least: where nothing is forked each rank imports the job anew."""
+_FAR_JOIN_S = 180.0
+"""The same on several nodes: a shared file system may show a new file to others after a minute."""
 _BY_ALL = (PeerLost, NotMet, OutOfStep)
 """What tells of other ranks, or of all of them, and not of this one alone."""
 
@@ -58,6 +60,8 @@ class RankWorker(Worker):
             return self._done_with_others(message, send)
         except _BY_ALL as error:
             say(f"{type(error).__name__}: {error}")
+            if isinstance(error, NotMet) and (message["host"] != LOOPBACK or not self._folder.is_dir()):
+                return {"broken": str(error)}  # it is the machines that can't, whatever the trial
             cause = Cause.ERROR if isinstance(error, OutOfStep) else Cause.SIGNAL
             return {"end": cause.value, "peer": True, "detail": str(error)}
 
@@ -75,14 +79,16 @@ class RankWorker(Worker):
 
     def _invitation(self, message: JsonObject) -> Invitation:
         rank = int(str(message["rank"]))
-        launch = self._spec.launch
+        launch, host = self._spec.launch, str(message["host"])
         return Invitation(
             folder=self._folder,
-            whose=f"trial {message['index']}, attempt {message['attempt']}, of {self._paths.id}",
+            whose=f"trial {message['index']}, attempt {message['attempt']}, of {self._paths.id}"
+            f", by {str(message['writer'])[:8]}",
             rank=rank,
             world_size=launch.num_ranks,
-            device=_device(rank, launch.ranks_per_node),
-            join_s=max(_JOIN_S, launch.import_timeout_s),
+            host=host,
+            device=_device(int(str(message["local_rank"])), int(str(message["local_size"])), launch.gpus),
+            join_s=max(_JOIN_S if host == LOOPBACK else _FAR_JOIN_S, launch.import_timeout_s),
             answer_s=launch.answer_s,
         )
 
@@ -102,17 +108,23 @@ def server(paths: SweepPaths, spec: SweepSpec, folder: Path) -> Callable[[Channe
     return lambda channel: RankWorker(paths, spec, job, channel, folder).serve()
 
 
-def _device(rank: int, num_here: int) -> torch.device | None:
+def _device(local_rank: int, local_size: int, num_own: int) -> torch.device | None:
     """The GPU of a rank, each its own; None where there are none.
 
+    Args:
+        local_rank: its number on this machine.
+        local_size: ranks of its trial on this machine.
+        num_own: GPUs that it was given for itself, and sees alone; 0 if it chooses among all.
+
     Raises:
-        OrcError: there are fewer than ranks.
+        NoDevices, OrcError: there are fewer than ranks.
     """
+    check_devices(num_own)
     if not torch.cuda.is_available():
         return None
     num = torch.cuda.device_count()
-    if num < num_here:
-        raise OrcError(f"{num_here} ranks on one machine need a GPU each, and this one shows {num}")
-    found = torch.device("cuda", rank)
+    if not num_own and num < local_size:
+        raise OrcError(f"{local_size} ranks on one machine need a GPU each, and this one shows {num}")
+    found = torch.device("cuda", 0 if num_own else local_rank)
     torch.cuda.set_device(found)
     return found

@@ -69,7 +69,8 @@ def start(*, trial: int, attempt: int) -> JsonObject:
     """An attempt at `trial` (its index), the `attempt`-th from 0.
 
     The starts of a block are written together, in the order in which its trials run: of those without outcome or end,
-    the first ones, as many as the writer has slots, are those that were running.
+    the first ones, as many as the writer has slots, are those that were running. Those of a pack are written when it
+    begins, by a writer that has a slot for each trial of each pack.
     """
     return {"kind": "start", "trial": trial, "attempt": attempt}
 

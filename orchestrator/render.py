@@ -176,7 +176,7 @@ def render_workers(request: WorkersRequest) -> str:
         **_options(request, log="%A_%a.log"),
         "array": f"0-{request.num_workers - 1}{_throttle(request)}",
         "signal": f"B:TERM@{launch.notice_s}",
-        "cpus-per-task": launch.cpus_per_trial,
+        **_size(request.spec),
         **request.spec.slurm,
     }
     return _render(
@@ -185,8 +185,20 @@ def render_workers(request: WorkersRequest) -> str:
         options,
         banner=f"Workers {_range(request)} ({form}) of {_sweep(request)}",
         first_worker=request.first_worker,
-        cpus=_option_text(options["cpus-per-task"] or launch.cpus_per_trial),
+        cpus=_option_text(options["cpus-per-task"] or launch.cpus_per_task),
+        nodes=launch.nodes,
+        slots=launch.trials_per_node,
     )
+
+
+def _size(spec: SweepSpec) -> dict[str, Json]:
+    """How large a job is."""
+    launch = spec.launch
+    found: dict[str, Json] = {"nodes": launch.nodes, "ntasks-per-node": 1} if launch.nodes > 1 else {}
+    found["cpus-per-task"] = launch.cpus_per_task
+    if launch.gpus and not any(name.startswith("gpus") for name in spec.slurm):
+        found["gres"] = f"gpu:{launch.gpus_per_node}"
+    return found
 
 
 def render_reducer(request: ReducerRequest) -> str:

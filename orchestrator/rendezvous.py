@@ -8,46 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.dist import Group
 from orchestrator.errors import OrcError
 from orchestrator.meeting import LOOPBACK, Invitation, NotMet, met
 from orchestrator.paths import SweepPaths
+from orchestrator.seat import Seat
 
 __all__ = ["Seat", "joined"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """A process among those of its job step.
-
-    Args:
-        rank: its number, from 0.
-        world_size: how many there are.
-        num_nodes: machines that they run on.
-        name: of this run of the step; no other has it.
-    """
-
-    rank: int
-    world_size: int
-    num_nodes: int
-    name: str
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Seat:
-        """From Slurm's variables; outside of a job step, one alone."""
-        if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
-            return cls(rank=0, world_size=1, num_nodes=1, name="alone")
-        names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
-        return cls(
-            rank=int(environment["SLURM_PROCID"]),
-            world_size=int(environment["SLURM_STEP_NUM_TASKS"]),
-            num_nodes=int(environment["SLURM_STEP_NUM_NODES"]),
-            name="-".join(environment.get(name) or "0" for name in names),
-        )
 
 
 @contextlib.contextmanager

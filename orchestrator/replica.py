@@ -19,14 +19,13 @@ nothing, before the first step and again after a resume, in which the order depe
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from orchestrator.aside import Generators
 from orchestrator.errors import OrcError
 from orchestrator.meeting import Party
 
@@ -104,6 +103,9 @@ class Replica:
         self._trained: list[bool] = []
         self._wrapped: DistributedDataParallel | None = None
         self._has_begun = False
+        self._is_timed = False
+        self.waited_s = 0.0
+        """How long backwards have waited for other ranks with nothing left to do, once `time_waits` was called."""
         if party.world_size > 1:
             _refuse_sparse(net)
             self._wrap(first=True)
@@ -136,6 +138,8 @@ class Replica:
         found.append(self._backward(loss, last, num_samples, scale))
         if self._main is not None:
             self._check_all_came()
+        if self._is_timed:
+            self.waited_s += self._last_wait_s()
         return found
 
     def _num_samples(self, portions: Sequence[Portion]) -> int:
@@ -163,6 +167,22 @@ class Replica:
         if self._has_begun:
             return cast(torch.Tensor, self._wrapped(loss, self.net, batch))
         return self._first_forward(loss, batch)
+
+    # Time
+
+    def time_waits(self) -> None:
+        """From here on count, in `waited_s`, by PyTorch's own clocks: on a GPU by its events, which costs some time."""
+        self._is_timed = True
+        if self._wrapped is not None:
+            self._wrapped._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call]  # torch's gap
+
+    def _last_wait_s(self) -> float:
+        """Of the backward before the last one, since clocks are read when the next forward begins."""
+        if self._wrapped is None:
+            return 0.0
+        found = self._wrapped._get_ddp_logging_data()  # type: ignore[no-untyped-call]  # torch's gap
+        taken, beside = (int(found.get(f"backward_{name}_time", 0)) for name in ("comm", "compute_comm_overlap"))
+        return max(0, taken - beside) / 1e9
 
     # Parameters without gradients
 
@@ -212,6 +232,8 @@ class Replica:
             bucket_cap_mb=self._bucket_mb,
             find_unused_parameters=some_unused,
         )
+        if self._is_timed:
+            self.time_waits()
         if not some_unused:  # else the layout stays as it is
             _settle(self._wrapped, self.net, _roots)
 
@@ -302,20 +324,11 @@ class _Untrained:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's gap
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy is not None else None
+        self._generators = Generators()
 
     @torch.no_grad()
     def put_back(self) -> None:
         for module, name, buffer, copy in self._buffers:
             buffer.copy_(copy)
             module._buffers[name] = buffer
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+        self._generators.put_back()

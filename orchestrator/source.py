@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from orchestrator.claims import Block, Claims, Growth
@@ -11,7 +11,7 @@ from orchestrator.fold import Fold
 from orchestrator.records import Cause, Status
 from orchestrator.store import JsonObject
 
-__all__ = ["Ready", "Source", "Succession"]
+__all__ = ["Ready", "Source", "Succession", "Work"]
 
 
 @dataclass(slots=True)
@@ -27,6 +27,32 @@ class Ready:
     trial: int
     attempt: int = 0
     charges: Counter[Cause] = field(default_factory=Counter)
+
+
+class Work:
+    """What one slot works on at a time: a trial, or a pack.
+
+    Args:
+        pack: the trials that train together, each at its place; of a trial alone, itself.
+        ready: those of them that have no outcome. The others train along, since the bits of each depend on how many
+            there are, but nothing is written of them.
+
+    Attributes:
+        attempt: the highest of any of the trials' attempts.
+        open: by trial, those that still have no outcome.
+    """
+
+    __slots__ = ("attempt", "open", "pack")
+
+    def __init__(self, pack: tuple[int, ...], ready: Iterable[Ready]) -> None:
+        self.pack = pack
+        self.open = {one.trial: one for one in ready}
+        self.attempt = max(one.attempt for one in self.open.values())
+
+    @property
+    def lead(self) -> int:
+        """The first trial, whose name stands for all."""
+        return self.pack[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,12 +54,17 @@ class Launch:
 
     Args:
         form: launch form of a Slurm job; `auto` is `srun`.
-        trials_per_task: trials in a block, the unit of claim; None takes ceil(trials / 100).
+        trials_per_task: trials in a block, the unit of claim; None takes ceil(trials / 100), but at least `pack`.
         max_workers: array elements at most; None leaves it to the number of blocks and the user's limits.
         throttle: array elements that run at the same time (`%` of sbatch's array); None for no limit.
-        ranks_per_node: processes that train one trial together, on one machine, each with a part of every batch; part
+        nodes: machines on which one trial trains; part of the plan, as the number of ranks is.
+        ranks_per_node: processes that train one trial together on each machine, each with a part of every batch; part
             of the plan, since it changes the last bits.
         cpus: threads of one rank; part of the plan, since it changes the last bits.
+        gpus: GPUs of one rank, asked of Slurm; with 0 a rank takes one where it finds some.
+        trials_per_node: trials side by side in one job, each with its own processors, devices and log.
+        trials_per_gpu: how many of these share their GPUs.
+        pack: trials that train together in one process, at most; part of the plan, since it changes the last bits.
         notice_s: how long before the time limit Slurm sends the notice, in seconds.
         modules: environment modules to load.
         conda: conda environment, by name or path.
@@ -78,8 +83,13 @@ class Launch:
     trials_per_task: int | None = None
     max_workers: int | None = None
     throttle: int | None = None
+    nodes: int = 1
     ranks_per_node: int = 1
     cpus: int = 1
+    gpus: int = 0
+    trials_per_node: int = 1
+    trials_per_gpu: int = 1
+    pack: int = 1
     notice_s: int = 120
     modules: tuple[str, ...] = ()
     conda: str | None = None
@@ -96,12 +106,22 @@ class Launch:
     @property
     def num_ranks(self) -> int:
         """Processes that train one trial."""
-        return self.ranks_per_node
+        return self.nodes * self.ranks_per_node
 
     @property
     def cpus_per_trial(self) -> int:
-        """Processors of one machine that one trial keeps busy."""
-        return self.ranks_per_node * self.cpus
+        """Processors that one trial keeps busy, on all its machines."""
+        return self.num_ranks * self.cpus
+
+    @property
+    def cpus_per_task(self) -> int:
+        """Processors that a job keeps busy on each of its machines."""
+        return self.trials_per_node * self.ranks_per_node * self.cpus
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that a job keeps busy on each of its machines."""
+        return -(-self.trials_per_node // self.trials_per_gpu) * self.ranks_per_node * self.gpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,10 +289,14 @@ class SweepSpec:
         del value["slurm"], value["checkpoint"]
         value["reduce"] = {"top": self.reduce.top}
         launch = cast("JsonObject", value["launch"])
-        del launch["answer_s"], launch["silent_s"]
-        if self.launch.ranks_per_node == 1:
-            del launch["ranks_per_node"]  # so that sweeps from before there were ranks are the same ones
+        del launch["answer_s"], launch["silent_s"], launch["trials_per_node"], launch["trials_per_gpu"]
+        for name in ("nodes", "ranks_per_node", "gpus", "pack"):
+            if launch[name] == _DEFAULTS[name]:
+                del launch[name]  # so that sweeps from before there were such keys are the same ones
         return canonical(value)
+
+
+_DEFAULTS = {f.name: f.default for f in fields(Launch)}
 
 
 def _plain(value: object) -> object:

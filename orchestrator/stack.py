@@ -17,9 +17,10 @@ from typing import NoReturn, TypeAlias, cast
 
 import torch
 
+from orchestrator.kernels import Kernels
 from orchestrator.members import REMEDY, Stacked, Unpackable
 
-__all__ = ["Slot", "Stack"]
+__all__ = ["Slot", "Stack", "are_alike"]
 
 Losses: TypeAlias = "Callable[[torch.nn.Module, object], Mapping[str, torch.Tensor]]"
 _Place: TypeAlias = "tuple[dict[str, torch.Tensor | None], str]"
@@ -157,7 +158,8 @@ class Stack(torch.nn.Module):
             for holder, key in places:
                 holder[key] = tensor
         try:
-            values = dict(losses(self.template, batch))
+            with Kernels():
+                values = dict(losses(self.template, batch))
             return values, dict(self._replaced(tensors))
         finally:
             old = iter(before)
@@ -193,6 +195,15 @@ def _places(net: torch.nn.Module, kind: str, tensor: torch.Tensor) -> Iterator[_
 
 
 # Whether networks are alike
+
+
+def are_alike(first: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two networks can be stacked."""
+    try:
+        _check_alike(first, other, 1)
+    except Unpackable:
+        return False
+    return True
 
 
 def _check_alike(first: torch.nn.Module, other: torch.nn.Module, number: int) -> None:

@@ -279,7 +279,7 @@ def _parts(plan: Planned, on: On, workers: int | None, num_trials: int, patience
     if on == "local":
         slots = workers or max(1, local.cores() // launch.cpus_per_trial)
         return (Part(what=LOCAL, num_workers=max(1, min(slots, num_trials))),)
-    size = blocks(plan.num_trials, launch.trials_per_task).size
+    size = blocks(plan.num_trials, launch.trials_per_task, launch.pack).size
     limits = [limit for limit in (workers, launch.max_workers) if limit is not None]
     return _arrays(plan, min([-(-num_trials // size), *limits]), patience)
 

@@ -25,22 +25,26 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator import budgets, claims, identity, ledger, models, records, resumption, scratch
+from orchestrator import budgets, claims, identity, ledger, models, records, reports, resumption, scratch
 from orchestrator.channel import Channel
 from orchestrator.children import Children, Exited, Post, Worker, memory_kills
 from orchestrator.crew import Crew, death
-from orchestrator.errors import OrcError, ProgramError
+from orchestrator.devices import devices, devices_of_trial
+from orchestrator.errors import OrcError, ProgramError, UsageError
 from orchestrator.fold import Fold
 from orchestrator.notices import OwnJob, acknowledge, touch
+from orchestrator.outpost import Outpost
+from orchestrator.outposts import FarWorker, Heard, NodeLost, Outposts, addresses, call
 from orchestrator.paths import SweepPaths
-from orchestrator.plan import PlanFile, blocks
+from orchestrator.plan import PlanFile
 from orchestrator.records import Cause, RecordWriter, Status, Unrecordable
 from orchestrator.requeue import Action, Decision, Situation
-from orchestrator.source import Ready, Source, Succession
+from orchestrator.seat import ALONE, LOOPBACK, Seat
+from orchestrator.source import Ready, Source, Succession, Work
 from orchestrator.store import JsonObject
 
 __all__ = ["Options", "Supervisor", "main"]
@@ -55,6 +59,9 @@ _LATE_S = 1.0
 _TRIES = 3
 """How often a requeue is asked for at least, after pauses of one second, two, four, ... up to this many seconds:"""
 _LONGEST_PAUSE_S = 8.0
+_FAR_S = 180.0
+"""How long the other nodes of a job may take to come, in seconds: shared file systems show files after a minute."""
+_NODE_SILENT_S = 60.0
 _KILLED = "killed by SIGKILL"
 _ENDS_OF_A_NOTICE = ("SIGTERM", "SIGUSR1", "SIGINT", "to go on later")
 
@@ -68,30 +75,44 @@ class Options:
         submission: token of the submission that started it.
         worker: its number; it begins with the block of that number.
         slots: trials at the same time.
+        seat: of this process in its job step; on every node of a job of several there is one.
     """
 
     paths: SweepPaths
     submission: str
     worker: int = 0
     slots: int = 1
+    seat: Seat = ALONE
+
+    @property
+    def folder(self) -> Path:
+        """Where processes on several nodes meet."""
+        return self.paths.rendezvous(f"{self.submission[:8]}-{self.worker}-{self.seat.name}")
 
 
 @dataclass(slots=True)
 class Running:
-    """A trial at work in a slot, since `began` on the monotonic clock.
+    """A trial, or a pack, at work in a slot, since `began` on the monotonic clock.
 
-    It `has_saved` if there may be checkpoints, and has a `crew` if several ranks train it.
+    It `has_saved` if there may be checkpoints, and has a `crew` if several ranks train it. Of what it has come to,
+    `unrecordable` is what can't be written down.
     """
 
-    ready: Ready
+    work: Work
     began: float
     memory_kills: int
     has_saved: bool = False
     crew: Crew | None = None
+    unrecordable: str = ""
 
     def is_meant_by(self, message: JsonObject) -> bool:
         """Whether a worker's message is of this attempt, and not a late word of one before."""
-        return (message.get("index"), message.get("attempt")) == (self.ready.trial, self.ready.attempt)
+        return (message.get("index"), message.get("attempt")) == (self.work.lead, self.work.attempt)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has run, in seconds; of a pack each trial's part."""
+        return (time.monotonic() - self.began) / len(self.work.pack)
 
 
 class Supervisor:
@@ -110,16 +131,19 @@ class Supervisor:
         self._plan = PlanFile.open(options.paths.plan)
         self._spec = self._plan.spec
         self._num_ranks = self._spec.launch.num_ranks
-        self._children = Children(options.paths, _environment(self._plan), self._log_of, has_ranks=self._num_ranks > 1)
+        self._ranks_here = _ranks_here(options, self._plan)
+        self._children = _new_children(options, self._plan)
+        self._outposts = self._new_outposts()
         self._import_by = 0.0
         self._writer = self._open_writer()
         self._source = self._open_source()
         self._podium = models.Podium(self._spec.metric, self._spec.reduce.top)
-        self._queue: deque[Ready] = deque()
+        self._queue: deque[Work] = deque()
         self._open: dict[int, Ready] = {}
         self._running: dict[int, Running] = {}
         self._let_go: list[tuple[int, str]] = []
         self._done: list[int] = []
+        self._reported: list[Ready] = []
         self._exhausted = False
         self._abandoned = False
         self._job = self._own_job()
@@ -129,17 +153,23 @@ class Supervisor:
         self._last_call: float | None = None
         self._selector = selectors.DefaultSelector()
 
-    def _log_of(self, post: Post) -> Path | None:
-        """Trials that run side by side must not mix their lines, nor ranks that train one."""
-        if post.rank:
-            return self._paths.rank_log(self._options.submission, self._options.worker, *post)
-        return self._paths.slot_log(self._options.submission, post.slot) if self._options.slots > 1 else None
+    def _new_outposts(self) -> Outposts | None:
+        seat = self._options.seat
+        if seat.num_nodes == 1:
+            return None
+        return Outposts(
+            self._options.folder,
+            num_nodes=seat.num_nodes,
+            ranks_per_node=self._ranks_here,
+            silent_s=max(_NODE_SILENT_S, self._spec.launch.silent_s),
+        )
 
     def _open_writer(self) -> RecordWriter:
         packages = (
             ("slurm-orchestrator",) if self._spec.command is not None else ("slurm-orchestrator", "torch", "numpy")
         )
-        who = identity.describe(submission=self._options.submission, slots=self._options.slots, packages=packages)
+        slots = self._options.slots * self._spec.launch.pack
+        who = identity.describe(submission=self._options.submission, slots=slots, packages=packages)
         return RecordWriter(self._paths, who, beat_s=self._spec.launch.lease_s / 4)
 
     def _own_job(self) -> OwnJob | None:
@@ -147,7 +177,7 @@ class Supervisor:
         return OwnJob(self._place, self._options.submission, notice_s=notice_s) if self._place else None
 
     def _open_source(self) -> Source:
-        size = blocks(self._plan.num_trials, self._spec.launch.trials_per_task).size
+        size = self._plan.blocks.size
         submission = ledger.find(self._paths, self._options.submission)
         return Source(
             claims.Block.all(self._plan.num_trials, size),
@@ -171,6 +201,7 @@ class Supervisor:
         _let_workers_run()
         try:
             self._selector.register(self._signals, selectors.EVENT_READ, self._on_signals)
+            self._open_outposts()
             self._fetch()
             if not self._is_done():
                 self._open_children()
@@ -182,9 +213,27 @@ class Supervisor:
             self._take_back(str(error))
             raise
         finally:
-            self._children.stop()
+            self._stop_workers()
             self._writer.close()
             self._let_go_of_files()
+
+    def _open_outposts(self) -> None:
+        """Let the other nodes come, even if there turns out to be nothing to do for them."""
+        if self._outposts is None:
+            return
+        folder = self._options.folder
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier job with our number
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise OrcError(f"{folder}: the nodes of this job can't meet there: {error.strerror}") from error
+        self._outposts.open(addresses(os.environ))
+        self._selector.register(self._outposts, selectors.EVENT_READ, self._on_outposts)
+
+    def _stop_workers(self) -> None:
+        if self._outposts is not None:
+            self._outposts.stop()
+        self._children.stop()
 
     def _open_children(self) -> None:
         """Import the program: seconds that a worker who found nothing to do never spends."""
@@ -213,14 +262,23 @@ class Supervisor:
             key.data()
 
     def _until_due(self) -> float:
-        due = min(self._writer.tick(), self._look_at_ranks())
+        due = min(self._writer.tick(), self._look_at_ranks(), self._look_at_nodes())
         self._let_go_of_files()
-        if not self._children.ready:
+        if not self._is_ready:
             due = min(due, self._import_left())
         return due if self._last_call is None else max(0.0, min(due, self._last_call - time.monotonic()))
 
+    @property
+    def _is_ready(self) -> bool:
+        """Whether workers can be started, on all nodes."""
+        return self._children.ready and (self._outposts is None or self._outposts.ready)
+
     def _import_left(self) -> float:
         left = self._import_by - time.monotonic()
+        if self._outposts is not None and self._children.ready:
+            left += _FAR_S
+            if left <= 0:
+                raise OrcError(self._outposts.missing())
         if left <= 0:
             limit = self._spec.launch.import_timeout_s
             raise ProgramError(
@@ -231,14 +289,14 @@ class Supervisor:
     # Handing out trials
 
     def _assign(self) -> None:
-        if not self._children.ready:
+        if not self._is_ready:
             return
         for slot in range(self._options.slots):
-            ready = self._next() if slot not in self._running else None
-            if ready is not None:
-                self._hand_over(slot, ready)
+            work = self._next() if slot not in self._running else None
+            if work is not None:
+                self._hand_over(slot, work)
 
-    def _next(self) -> Ready | None:
+    def _next(self) -> Work | None:
         self._fetch()
         return self._queue.popleft() if self._queue and self._decision is None else None
 
@@ -253,10 +311,22 @@ class Supervisor:
     def _begin(self, block: list[Ready]) -> None:
         self._exhausted = not block
         block = [ready for ready in block if not self._is_given_up(ready)]
+        if self._spec.launch.pack == 1:
+            self._start(block)
+        self._queue.extend(self._packed(block))
+
+    def _start(self, block: Iterable[Ready]) -> None:
         # Durable before user code runs: a trial that takes the whole machine down is known by its start.
+        block = list(block)
         self._writer.append(*(records.start(trial=r.trial, attempt=r.attempt) for r in block), durable=True)
         self._open.update((ready.trial, ready) for ready in block)
-        self._queue.extend(block)
+
+    def _packed(self, block: list[Ready]) -> list[Work]:
+        """The packs that trials of a block are of."""
+        found: dict[tuple[int, ...], list[Ready]] = {}
+        for ready in block:
+            found.setdefault(self._plan.pack(ready.trial), []).append(ready)
+        return [Work(pack, ready) for pack, ready in found.items()]
 
     def _is_given_up(self, ready: Ready) -> bool:
         """Fail a trial whose earlier attempts, with other workers too, have spent a budget already."""
@@ -268,31 +338,46 @@ class Supervisor:
         )
         self._record(ready, Status.FAILED, {"cause": cause.value, "error": error}, 0.0)
         self._done.append(ready.trial)
+        self._reported += [ready] if self._spec.command is not None else []
         return True
 
-    def _hand_over(self, slot: int, ready: Ready) -> None:
-        trial = self._plan.trial(ready.trial)
+    def _hand_over(self, slot: int, work: Work) -> None:
+        trial = self._plan.trial(work.lead)
         self._running[slot] = Running(
-            ready, time.monotonic(), memory_kills(), has_saved=ready.attempt > 0, crew=self._new_crew()
+            work, time.monotonic(), memory_kills(), has_saved=work.attempt > 0, crew=self._new_crew()
         )
         message: JsonObject = {
             "index": trial.index,
             "trial": trial.trial,
             "params": trial.params,
             "seed": trial.seed,
-            "attempt": ready.attempt,
+            "attempt": work.attempt,
             "bar": self._podium.bar,
             "writer": self._writer.writer,
         }
+        if self._spec.launch.pack > 1:
+            self._start(work.open.values())
+            message["pack"] = [self._plan.trial(index).to_json() for index in work.pack]
+            message["open"] = [*work.open]
         for rank in range(self._num_ranks):
-            self._manned(Post(slot, rank)).channel.send({**message, "rank": rank})
+            self._manned(Post(slot, rank)).channel.send({**message, **self._place_of(rank)})
+
+    def _place_of(self, rank: int) -> JsonObject:
+        """Which of its trial's ranks a worker is, and where rank 0 is met."""
+        here = self._ranks_here
+        host = LOOPBACK if self._outposts is None else self._outposts.host
+        return {"rank": rank, "local_rank": rank % here, "local_size": here, "host": host}
 
     def _new_crew(self) -> Crew | None:
-        silent_s = self._spec.launch.silent_s
-        return Crew(self._num_ranks, silent_s=silent_s, clock=time.monotonic) if self._num_ranks > 1 else None
+        if self._num_ranks == 1:
+            return None
+        silent_s, are_workers = self._spec.launch.silent_s, self._spec.command is None
+        return Crew(self._num_ranks, silent_s=silent_s, clock=time.monotonic, in_agreement=are_workers)
 
-    def _manned(self, post: Post) -> Worker:
+    def _manned(self, post: Post) -> Worker | FarWorker:
         """The worker of a post, which may have to be started."""
+        if self._outposts is not None and self._outposts.has(post):
+            return self._outposts.worker(post)
         worker = self._children.workers.get(post)
         if worker is None:
             worker = self._children.start(post)
@@ -301,6 +386,41 @@ class Supervisor:
 
     def _reader(self, post: Post, channel: Channel) -> Callable[[], None]:
         return lambda: self._on_worker(post, channel)
+
+    def _on_outposts(self) -> None:
+        assert self._outposts is not None
+        try:
+            for event in self._outposts.poll():
+                if isinstance(event, Heard):
+                    self._take(event.post, event.message)
+                else:
+                    self._note_exit(event)
+        except NodeLost as error:
+            self._lose_node(error)
+
+    def _look_at_nodes(self) -> float:
+        """Whether all nodes give signs of life; returns in how many seconds to look again."""
+        if self._outposts is None:
+            return math.inf
+        try:
+            return self._outposts.look()
+        except NodeLost as error:
+            self._lose_node(error)
+            return 0.0
+
+    def _lose_node(self, error: NodeLost) -> None:
+        """Without all its nodes this job can't go on, so it asks to be started anew.
+
+        What ran may be why the node is gone, so it is charged as whatever ends with its machine is.
+        """
+        print(f"orchestrator: {error}", file=sys.stderr)
+        for slot in list(self._running):
+            running = self._running.pop(slot)
+            for ready in list(running.work.open.values()):
+                if not self._charge(running, ready, Cause.UNKNOWN, str(error), None):
+                    self._abandoned = True
+        self._decision, self._is_told = Decision(Cause.NODE_FAILURE, Action.REQUEUE), True
+        self._noticed = time.monotonic()
 
     # What children say
 
@@ -325,60 +445,87 @@ class Supervisor:
     def _refuse(self, slot: int, message: JsonObject, error: Unrecordable) -> None:
         """A trial whose outcome can't be recorded has none, by its own fault; a report is left out."""
         print(f"orchestrator: {error}", file=sys.stderr)
-        if "outcome" in message:
+        if "outcome" in message and "trial" in message:
+            self._running[slot].unrecordable = str(error)
+        elif "outcome" in message:
             self._end(slot, Cause.ERROR, str(error))
 
     def _do(self, slot: int, running: Running, message: JsonObject) -> None:
-        """What a trial's message asks for."""
-        trial, attempt = running.ready.trial, running.ready.attempt
+        """What the message of a trial, or of one of a pack, asks for."""
+        ready = running.work.open.get(int(str(message.get("trial", running.work.lead))))
         if "report" in message:
-            self._writer.append({"kind": "report", "trial": trial, "attempt": attempt, **_object(message["report"])})
+            self._report(ready, _object(message["report"]))
         elif "at" in message or "resumed" in message:
             self._note_place(running, message)
         elif "outcome" in message:
             running.has_saved = running.has_saved or bool(message.get("saved"))
-            self._finish(slot, Status(str(message["outcome"])), _object(message["payload"]))
+            if ready is not None:
+                self._finish(running, ready, Status(str(message["outcome"])), _object(message["payload"]))
+            if "trial" not in message:
+                self._running.pop(slot)
+        elif "over" in message:
+            self._leave_pack(slot)
         elif "broken" in message:
-            raise OrcError(f"trial {trial} can't go on here: {message['broken']}")
+            raise OrcError(f"trial {running.work.lead} can't go on here: {message['broken']}")
         elif "gone" in message:
             self._drop(slot, str(message["gone"]))
         elif "end" in message:
             step = message.get("step")
             self._end(slot, Cause(str(message["end"])), str(message["detail"]), step if isinstance(step, int) else None)
 
+    def _report(self, ready: Ready | None, report: JsonObject) -> None:
+        if ready is not None:
+            self._writer.append({"kind": "report", "trial": ready.trial, "attempt": ready.attempt, **report})
+
+    def _leave_pack(self, slot: int) -> None:
+        """All of a pack is over: whoever has no outcome came to one that can't be recorded, by its own fault."""
+        if self._running[slot].work.open:
+            self._end(slot, Cause.ERROR, self._running[slot].unrecordable)
+        else:
+            self._running.pop(slot)
+
     def _note_place(self, running: Running, message: JsonObject) -> None:
-        """Where a trial is, or where it goes on: for people, so nobody waits for the disk."""
-        trial, attempt = running.ready.trial, running.ready.attempt
+        """Where trials are, or where they go on: for people, so nobody waits for the disk."""
+        trial = int(str(message.get("trial", running.work.lead)))
         if "resumed" in message:
             step = int(str(message["resumed"]))
             lost = max(0, resumption.reached(self._paths, trial) - step)
-            line = records.resume(trial=trial, attempt=attempt, step=step, lost=lost)
+            together = message.get("together", [trial])
+            going_on = [
+                one for one in running.work.open.values() if isinstance(together, list) and one.trial in together
+            ]
+            lines = [records.resume(trial=one.trial, attempt=one.attempt, step=step, lost=lost) for one in going_on]
         else:
             place = _object(message["at"])
             running.has_saved = running.has_saved or place["saved"] is not None
-            line = {"kind": "at", "trial": trial, "attempt": attempt, **place}
-        self._writer.append(line, lasting=False)
+            lines = [{"kind": "at", "trial": trial, "attempt": running.work.attempt, **place}]
+        self._writer.append(*lines, lasting=False)
 
     def _drop(self, slot: int, detail: str) -> None:
-        """Somebody else has finished this trial, so nothing is to be done or charged; unless that isn't so."""
-        ready = self._running.pop(slot).ready
-        self._open.pop(ready.trial, None)
-        self._writer.append(
-            records.end(trial=ready.trial, attempt=ready.attempt, cause=Cause.UNKNOWN, detail=detail, begun=False)
-        )
-        if not self._source.has_outcome(ready.trial):
-            self._begin([Ready(ready.trial, ready.attempt + 1, ready.charges)])
+        """Somebody else has finished what was done here, so nothing is to be done or charged; unless that isn't so."""
+        dropped = list(self._running.pop(slot).work.open.values())
+        for ready in dropped:
+            self._open.pop(ready.trial, None)
+            self._writer.append(
+                records.end(trial=ready.trial, attempt=ready.attempt, cause=Cause.UNKNOWN, detail=detail, begun=False)
+            )
+        self._try_again(ready for ready in dropped if not self._source.has_outcome(ready.trial))
 
-    def _finish(self, slot: int, status: Status, payload: JsonObject) -> None:
-        running = self._running[slot]
-        self._record(running.ready, status, payload, time.monotonic() - running.began)
-        del self._running[slot]
-        self._open.pop(running.ready.trial, None)
-        if self._spec.command is not None or running.has_saved or status is Status.FAILED:
-            self._done.append(running.ready.trial)
+    def _try_again(self, block: Iterable[Ready]) -> None:
+        if again := [Ready(ready.trial, ready.attempt + 1, ready.charges) for ready in block]:
+            self._begin(again)
+
+    def _finish(self, running: Running, ready: Ready, status: Status, payload: JsonObject) -> None:
+        self._record(ready, status, payload, running.seconds)
+        del running.work.open[ready.trial]
+        self._open.pop(ready.trial, None)
+        if self._spec.command is not None:
+            self._reported.append(ready)
+        if not running.work.open and (self._spec.command is not None or running.has_saved or status is Status.FAILED):
+            self._done += running.work.pack
         value, model = payload.get("value"), payload.get("model")
         if isinstance(value, float) and isinstance(model, str):
-            self._let_go += self._podium.add(running.ready.trial, value, model)
+            self._let_go += self._podium.add(ready.trial, value, model)
 
     def _record(self, ready: Ready, status: Status, payload: JsonObject, seconds: float) -> None:
         self._writer.append(
@@ -392,7 +539,9 @@ class Supervisor:
         models.remove(self._paths, self._let_go)
         for trial in self._done:
             shutil.rmtree(self._paths.checkpoint(trial), ignore_errors=True)
-        self._let_go, self._done = [], []
+        for ready in self._reported:
+            reports.forget(self._paths, ready.trial, ready.attempt)
+        self._let_go, self._done, self._reported = [], [], []
 
     def _end(self, slot: int, cause: Cause, detail: str, step: int | None = None) -> None:
         """An attempt ended without an outcome: charge it, and try again or give the trial up."""
@@ -405,21 +554,27 @@ class Supervisor:
             cause = Cause.UNKNOWN  # nobody asked it to go on later, and it must not do so for ever
         elif cause is Cause.SIGNAL and detail.endswith(_KILLED) and memory_kills() > self._running[slot].memory_kills:
             cause = Cause.MEMORY
-        ready = self._running[slot].ready
+        running = self._running.pop(slot)
+        left = [
+            ready for ready in list(running.work.open.values()) if not self._charge(running, ready, cause, detail, step)
+        ]
+        if self._decision is None:
+            self._try_again(left)
+        else:
+            self._abandoned = self._abandoned or bool(left)
+
+    def _charge(self, running: Running, ready: Ready, cause: Cause, detail: str, step: int | None) -> bool:
+        """Whether a trial has failed now that an attempt at it has ended."""
         self._writer.append(
             records.end(trial=ready.trial, attempt=ready.attempt, cause=cause, detail=detail, step=step)
         )
         ready.charges[cause] += 1
         if budgets.spent(self._spec.launch.retries, ready.charges) is cause:
             error = budgets.given_up(cause, ready.charges[cause], detail)
-            self._finish(slot, Status.FAILED, {"cause": cause.value, "error": error})
-            return
-        self._running.pop(slot)
+            self._finish(running, ready, Status.FAILED, {"cause": cause.value, "error": error})
+            return True
         self._open.pop(ready.trial, None)
-        if self._decision is not None:
-            self._abandoned = True
-            return
-        self._begin([Ready(ready.trial, ready.attempt + 1, ready.charges)])
+        return False
 
     @property
     def _ends_by_notice(self) -> tuple[Cause, ...]:
@@ -440,6 +595,10 @@ class Supervisor:
                 self._take(exited.post, message)
             self._selector.unregister(channel)
         self._children.forget(exited.post)
+        self._note_exit(exited)
+
+    def _note_exit(self, exited: Exited) -> None:
+        """What the end of a worker, of which all words were heard, means for its trial."""
         running = self._running.get(exited.post.slot)
         if running is None:
             return
@@ -455,8 +614,14 @@ class Supervisor:
         crews = [(slot, running.crew) for slot, running in self._running.items() if running.crew is not None]
         for slot, crew in crews:
             for rank in crew.look() if crew.due_s <= 0 else ():
-                self._children.kill(Post(slot, rank))
+                self._kill(Post(slot, rank))
         return min((crew.due_s for _, crew in crews), default=math.inf)
+
+    def _kill(self, post: Post) -> None:
+        if self._outposts is not None and self._outposts.has(post):
+            self._outposts.kill(post)
+        else:
+            self._children.kill(post)
 
     def _listen(self, seconds: float) -> None:
         """Take signals alone, for so long or until one changes the decision."""
@@ -506,6 +671,8 @@ class Supervisor:
     def _tell(self, word: str) -> None:
         for worker in self._children.workers.values():
             worker.tell(word)
+        for far in self._outposts.workers if self._outposts is not None else ():
+            far.tell(word)
 
     def _judge(self) -> tuple[Situation | None, Decision]:
         if self._job is None or self._is_cancelled():
@@ -520,13 +687,13 @@ class Supervisor:
     def _leave(self) -> int:
         if self._decision is None:
             return 0
-        left = bool(self._abandoned or self._open or not self._exhausted)
-        begun = {running.ready.trial for running in self._running.values()}
+        left = bool(self._abandoned or self._open or self._queue or not self._exhausted)
+        begun = {trial for running in self._running.values() for trial in running.work.open}
         for ready in self._open.values():
             self._writer.append(_stopped(ready, self._decision.cause, begun=ready.trial in begun))
         self._open.clear()
         self._writer.sync()
-        self._children.stop()
+        self._stop_workers()
         if left:
             self._see_to_requeue()
         return _LEFT_EARLY if left else 0
@@ -585,6 +752,39 @@ def _object(value: object) -> JsonObject:
     return value
 
 
+def _ranks_here(options: Options, plan: PlanFile) -> int:
+    """Ranks of a trial on each machine: where there is but one, all of them."""
+    launch = plan.spec.launch
+    return launch.num_ranks if options.seat.num_nodes == 1 else launch.ranks_per_node
+
+
+def _new_children(options: Options, plan: PlanFile) -> Children:
+    """Workers of this machine."""
+    launch, here = plan.spec.launch, _ranks_here(options, plan)
+    return Children(
+        options.paths,
+        _environment(plan),
+        lambda post: _log_of(options, post),
+        has_ranks=launch.num_ranks > 1,
+        folder=options.folder if options.seat.num_nodes > 1 else None,
+        devices_of=lambda post: _devices_of(plan, post, here),
+    )
+
+
+def _devices_of(plan: PlanFile, post: Post, here: int) -> str | None:
+    launch = plan.spec.launch
+    if plan.spec.command is not None:
+        return devices_of_trial(launch, os.environ, slot=post.slot, num_ranks=here)
+    return devices(launch, os.environ, slot=post.slot, local_rank=post.rank % here, num_ranks=here)
+
+
+def _log_of(options: Options, post: Post) -> Path | None:
+    """Trials that run side by side must not mix their lines, nor ranks that train one."""
+    if post.rank:
+        return options.paths.rank_log(options.submission, options.worker, *post)
+    return options.paths.slot_log(options.submission, options.worker, post.slot) if options.slots > 1 else None
+
+
 def _environment(plan: PlanFile) -> dict[str, str]:
     threads = str(plan.spec.launch.cpus)
     fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
@@ -615,7 +815,14 @@ def _parse(arguments: list[str] | None) -> tuple[Options, bool]:
     parser.add_argument("--then-reduce", action="store_true")
     given = parser.parse_args(arguments)
     paths = SweepPaths(given.dir.absolute())
-    return Options(paths=paths, submission=given.submission, worker=given.worker, slots=given.slots), given.then_reduce
+    options = Options(
+        paths=paths,
+        submission=given.submission,
+        worker=given.worker,
+        slots=given.slots,
+        seat=Seat.of(os.environ),
+    )
+    return options, given.then_reduce
 
 
 def _go_to_origin(paths: SweepPaths) -> None:
@@ -627,11 +834,12 @@ def _go_to_origin(paths: SweepPaths) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the process; returns its exit code."""
     signals = _signals if __name__ == "__main__" else Signals()
-    touch(os.environ.get("ORC_READY"))  # the batch script sends no signal before
-    if name := os.environ.get("ORC_NOTICE"):
-        signals.add(name)
     os.umask(0o077)
     options, then_reduce = _parse(arguments)
+    if options.seat.rank == 0:
+        touch(os.environ.get("ORC_READY"))  # the batch script sends no signal before
+        if name := os.environ.get("ORC_NOTICE"):
+            signals.add(name)
     _go_to_origin(options.paths)
     try:
         return _work(options, signals, then_reduce=then_reduce)
@@ -643,6 +851,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _work(options: Options, signals: Signals, *, then_reduce: bool) -> int:
+    plan = PlanFile.open(options.paths.plan)
+    if options.seat.world_size not in (1, plan.spec.launch.nodes):
+        raise UsageError(
+            f"this job step has {options.seat.world_size} tasks, and launch.nodes is {plan.spec.launch.nodes}: "
+            "one supervisor runs on each node"
+        )
+    if options.seat.rank > 0:
+        return _serve_first_node(options, plan, signals)
     supervisor = Supervisor(options, signals)
     code = supervisor.run()
     if code == 0 and then_reduce:
@@ -651,6 +867,15 @@ def _work(options: Options, signals: Signals, *, then_reduce: bool) -> int:
         # The reducer job will do the same, but only once Slurm has started it.
         _reduce(options.paths, alone=False)
     return code
+
+
+def _serve_first_node(options: Options, plan: PlanFile, signals: Signals) -> int:
+    line = call(options.folder, options.seat.rank, within_s=_FAR_S)
+    if line is None:
+        return 0
+    Outpost(_new_children(options, plan), line, signals, silent_s=plan.spec.launch.silent_s).run()
+    shutil.rmtree(options.folder, ignore_errors=True)  # as the first node does, unless it was killed
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Callable, Generator, Mapping
 
 import torch
+import torch.distributed as dist
 
 from orchestrator import data
 from orchestrator.data import Batch, Samples
 from orchestrator.meeting import Party
 from orchestrator.replica import Loss, Part, Portion, Replica, Scale, wrapped
 
-__all__ = ["Team"]
+__all__ = ["Team", "cut"]
 
 
 class Team:
@@ -36,6 +37,7 @@ class Team:
         self._replica: Replica | None = None
         self._share: tuple[int, int] | None = None
         self._is_apart = False
+        self._is_timed = False
 
     def part_ways(self) -> None:
         """From here on each rank draws random numbers of its own; the first draws what one process would.
@@ -103,9 +105,38 @@ class Team:
         """
         if self._replica is None or self._replica.net is not net:
             self._replica = Replica(net, self._party)
+            if self._is_timed:
+                self._replica.time_waits()
         num, total = self._share or (data.length(batch), None)
-        found = self._replica.gradients(loss, _cut(batch, num, portions), total, scale=scale)
+        found = self._replica.gradients(loss, cut(batch, num, portions), total, scale=scale)
         return found[0].mean() if len(found) == 1 else torch.cat(found).mean()
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self._party.world_size
+
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """Of the batch that was given last: how many samples of it are this rank's, and how many it has in all."""
+        return self._share
+
+    def time_waits(self) -> None:
+        """From here on count how long backwards wait for other ranks; see `Replica.time_waits`."""
+        self._is_timed = True
+        if self._replica is not None:
+            self._replica.time_waits()
+
+    @property
+    def waited_s(self) -> float:
+        """How long they have, in seconds."""
+        return 0.0 if self._replica is None else self._replica.waited_s
+
+    def summed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of what each rank has, the same bits on all; for what is large, over the gradients' way."""
+        found = tensor.clone()
+        dist.all_reduce(found, group=self._party.main)
+        return found
 
     def wrapped(self, net: torch.nn.Module) -> torch.nn.Module:
         """The network for a loop of the job's own; see `replica.wrapped`."""
@@ -118,7 +149,13 @@ class Team:
         return dict(zip(numbers, values.tolist(), strict=True))
 
 
-def _cut(batch: Batch, num: int, portions: int) -> list[Portion]:
+def cut(batch: Batch, num: int, portions: int) -> list[Portion]:
+    """A batch of which `num` samples count, in portions as even as can be.
+
+    Raises:
+        TypeError: it can't be cut.
+        ValueError: `portions` is not positive.
+    """
     if portions < 1:
         raise ValueError(f"portions is in how many parts a batch is taken, at least 1, not {portions}")
     if portions == 1 or num < 2:

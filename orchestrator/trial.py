@@ -29,8 +29,10 @@ from safetensors.torch import save as to_safetensors
 from orchestrator import data, wire
 from orchestrator.algebra import Key, SummaryMap
 from orchestrator.capture import Misfit, capture, restore
+from orchestrator.channel import say
 from orchestrator.checkpoint import Checkpoint
 from orchestrator.course import Astray, Course, Loop, Place
+from orchestrator.diagnostics import Wanted, Watch, line
 from orchestrator.dist import Group
 from orchestrator.keeper import Interrupted, Keeper
 from orchestrator.loading import Augment
@@ -46,8 +48,9 @@ from orchestrator.statetree import Tree
 from orchestrator.store import JsonObject
 from orchestrator.summary import Summary
 from orchestrator.team import Team
+from orchestrator.values import named, trained_on
 
-__all__ = ["Diverged", "State", "Trial", "stream"]
+__all__ = ["Diverged", "State", "Trial", "derive", "stream"]
 
 Reported: TypeAlias = "float | torch.Tensor | Summary"
 
@@ -177,6 +180,7 @@ class Trial:
         self._generator_states: list[torch.Tensor] = []
         self._keeper = keeper
         self._found = found
+        self._watch: Watch | None = None
         place = None if found is None else self._place_of(found)
         self._course = Course(self._mark, place)
 
@@ -248,6 +252,51 @@ class Trial:
         self.state = State(net=net, opt=opt, each_step=each_step, each_epoch=each_epoch, **others)
         return net if self._team is None else self._team.wrapped(net), opt
 
+    def watch(
+        self, *, norms: bool = True, throughput: bool = True, curvature: int = 0, every: int | None = None
+    ) -> None:
+        """From here on report what the training is like, at the end of each epoch of `epochs`; call it after `build`.
+
+        These reports are lines of their own, with names that no other report should have. They never are the trial's
+        result, and what is watched changes nothing of it: not one bit of the training, its outcome or its model.
+
+        - "gradient_norm", and "gradient_norm/<layer>" for each layer that has parameters: the mean over the steps since
+          the last report, of all ranks' gradient together, before it is clipped.
+        - "activation_norm/<layer>" for each layer that has none inside: the norm of what it gives for a sample, the
+          mean over the last step's batch, of all ranks.
+        - "samples_per_s", "steps_per_s", and where the time went: "share/data", "share/compute",
+          "share/communication", "share/checkpoint", "share/validation", "share/other", which are 1 together. Compute is
+          `step`, but for the time in which its backward had nothing left to do but to wait for other ranks, which is
+          communication. With ranks it is the first one's time. The diagnostics' own is left out.
+        - "curvature": the largest eigenvalue of the loss's Hessian on the last step's batch, of all ranks, in float32,
+          and "curvature_error": an eigenvalue lies within so much of it.
+
+        Args:
+            norms: whether the norms are reported.
+            throughput: whether it is reported where the time goes. On a GPU each step is then waited for.
+            curvature: how many Hessian-vector products to make for it, such as 20; each costs as much as two
+                backwards. 0 leaves it out.
+            every: steps from one report to the next, in place of epochs.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        wanted = Wanted(norms=norms, throughput=throughput, curvature=curvature, every=every)
+        self._watch = Watch(self.net, wanted, seed=stream(self.seed, "curvature"), team=self._team)
+
+    def _spent(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._watch is None else self._watch.spent(kind)
+
+    def _report_watched(self, watch: Watch) -> None:
+        found = watch.report()
+        if self._team is not None:
+            found = self._team.agreed(found)
+        step = self.num_steps or self.epoch
+        if found:
+            self._emit({"step": step, "metrics": finite(found)})
+        if found and not self.group.rank:
+            say(line(step, found))
+
     # Training
 
     def epochs(self, num: int) -> Iterator[int]:
@@ -266,6 +315,8 @@ class Trial:
                 if self.state is not None and self.state.each_epoch is not None:
                     self.state.each_epoch.step()
                 self._num_own += self._at == before  # for a job whose steps and batches are its own
+                if self._watch is not None and self._watch.wanted.every is None:
+                    self._report_watched(self._watch)
                 if epoch + 1 < num:
                     self._pass(loop)
         finally:
@@ -354,7 +405,7 @@ class Trial:
             if loop.is_behind:
                 return
             with contextlib.closing(source(first)) as given:  # whatever ends this, loaders end with it
-                for batch in given:
+                for batch in given if self._watch is None else self._watch.batches(given):
                     loop.num_given += 1
                     before = self.num_steps
                     yield batch
@@ -384,19 +435,33 @@ class Trial:
             TypeError: the batch can't be cut into portions.
             ValueError: `portions` or `clip_norm` is not positive.
         """
-        net, opt, precision = self.net, self.opt, self._precision
+        if self._watch is None:
+            return self._step(losses, batch, portions, clip_norm)
+        with self._watch.step(losses, batch, portions):
+            mean = self._step(losses, batch, portions, clip_norm)
+        if (every := self._watch.wanted.every) is not None and self.num_steps % every == 0:
+            self._report_watched(self._watch)
+        return mean
+
+    def _step(self, losses: Losses, batch: data.Batch, portions: int, clip_norm: float | None) -> float | torch.Tensor:
+        net, opt, precision, watch = self.net, self.opt, self._precision, self._watch
         if not net.training:
             net.train()
         _clear_gradients(opt)
         losses = precision.applied(losses)
         if self._team is None and portions == 1 and precision.scaler is None:
-            loss = _loss(losses, net, batch)
+            loss = trained_on(losses, net, batch)
             # What backward() of the mean would pass on, bit for bit, without putting the mean into the graph.
             loss.backward(torch.full_like(loss, 1.0 / loss.numel()))  # type: ignore[no-untyped-call]  # torch's gap
             mean = loss.detach().mean()
         else:
-            mean = self._steps.gradients(net, partial(_loss, losses), batch, portions=portions, scale=precision.scale)
-        has_stepped = precision.step(opt, net.parameters(), clip_norm=clip_norm)
+            mean = self._steps.gradients(
+                net, partial(trained_on, losses), batch, portions=portions, scale=precision.scale
+            )
+        look = None if watch is None else watch.look
+        has_stepped = precision.step(opt, net.parameters(), clip_norm=clip_norm, look=look)
+        if has_stepped and watch is not None:
+            watch.stepped()
         self.num_steps += 1
         if has_stepped and (schedule := self._state().each_step) is not None:
             schedule.step()
@@ -422,7 +487,8 @@ class Trial:
         take = partial(self._captured, loop) if self.state is not None and self._course.is_safe(loop) else None
         if not loop.is_own and not keeper.only_epochs:
             keeper.warn("this trial is saved at the ends of its epochs only, since a DataLoader gives its batches")
-        keeper.look(self._at, self._num_epochs, take)
+        with self._spent("checkpoint"):
+            keeper.look(self._at, self._num_epochs, take)
 
     def _captured(self, loop: Loop) -> Tree:
         # A loop of the job's own may hold gradients back for a later step.
@@ -544,6 +610,17 @@ class Trial:
         """
         if self._course.is_under_way:
             return self._answered()
+        with self._spent("validation"):
+            return self._validate(losses, samples, batch_size, prefix, derived)
+
+    def _validate(
+        self,
+        losses: Losses,
+        samples: object,
+        batch_size: int,
+        prefix: str,
+        derived: Mapping[str, Derived] | None,
+    ) -> dict[str, float]:
         num = self._agreed(samples, batch_size)
         losses = self._precision.applied(losses)
         values = self._evaluated(losses, data.dealt(samples, batch_size, num, self.device, *self._seat))  # type: ignore[arg-type]
@@ -555,7 +632,7 @@ class Trial:
                 )
         self._validated.update({prefix + name: value for name, value in found.items()})
         reported = {name: value for name, value in found.items() if not name.startswith("_")}
-        further = _derived({name: _summary(value) for name, value in found.items()}, derived) if derived else {}
+        further = derive({name: _summary(value) for name, value in found.items()}, derived) if derived else {}
         return self.report_all({prefix + name: value for name, value in (reported | further).items()})
 
     @property
@@ -587,7 +664,7 @@ class Trial:
         net.eval()
         values: dict[str, list[torch.Tensor]] = {}
         for batch in batches:
-            for name, found in _named(losses(net, batch)).items():
+            for name, found in named(losses(net, batch)).items():
                 values.setdefault(name, []).append(found if found.dim() == 1 else found.reshape(-1))
         for module in training:  # one by one: what the job itself has set to eval stays so
             module.training = True
@@ -692,28 +769,15 @@ def _clear_gradients(opt: torch.optim.Optimizer) -> None:
             parameter.grad = None
 
 
-def _loss(losses: Losses, net: torch.nn.Module, batch: data.Batch) -> torch.Tensor:
-    values = _named(losses(net, batch))
-    loss, weight = values["loss"], values.get("weight")
-    if weight is None:
-        return loss
-    if weight.shape != loss.shape:
-        raise ValueError(f"losses must give as many weights as losses, found {len(weight)} for {len(loss)}")
-    return loss * weight.detach()
+def derive(found: Mapping[str, Summary], metrics: Mapping[str, Derived]) -> dict[str, float]:
+    """What `metrics` give of the Summaries `found`.
 
-
-def _derived(found: Mapping[str, Summary], metrics: Mapping[str, Derived]) -> dict[str, float]:
+    Raises:
+        ValueError: there is something of that name already.
+    """
     if twice := found.keys() & metrics.keys():
         raise ValueError(f"derived: {', '.join(sorted(twice))}: losses gives values of that name; derive under another")
     return {name: metric(found) for name, metric in metrics.items()}
-
-
-def _named(values: torch.Tensor | Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    if isinstance(values, torch.Tensor):
-        return {"loss": values}
-    if "loss" not in values:
-        raise KeyError(f'losses must give "loss", the values that are trained on; it gave {", ".join(values)}')
-    return values
 
 
 def _summary(value: torch.Tensor | Summary) -> Summary:

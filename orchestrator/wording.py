@@ -2,13 +2,14 @@
 
 describe("10")                          "the string '10'"
 did_you_mean("metod", ["method"])       "; did you mean 'method'?"
+spans([0, 1, 2, 5])                     "0 to 2, 5"
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["describe", "did_you_mean", "nearest"]
+__all__ = ["describe", "did_you_mean", "nearest", "spans"]
 
 _SHOWN = 60
 
@@ -26,6 +27,17 @@ def describe(value: object) -> str:
     if isinstance(value, dict):
         return "a mapping" if value else "an empty mapping"
     return "a list" if value else "an empty list"
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """Ascending whole numbers, those that follow each other as a span."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ", ".join(" to ".join(map(str, span)) for span in found)
 
 
 def nearest(word: str, choices: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -38,7 +38,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.store import JsonObject
 from orchestrator.trial import Result, Trial, stream
 
-__all__ = ["Worker", "loaded", "reset", "server"]
+__all__ = ["NoDevices", "Worker", "check_devices", "loaded", "reset", "server"]
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -104,6 +104,8 @@ class Worker:
         except (MemoryError, torch.OutOfMemoryError) as error:
             say(traceback.format_exc())
             return _ended(Cause.MEMORY, error)
+        except NoDevices as error:
+            return {"broken": str(error)}  # as a full disk
         except NoResult as error:
             return {"end": Cause.ERROR.value, "detail": str(error)}
         except (Exception, SystemExit, KeyboardInterrupt) as error:
@@ -113,6 +115,7 @@ class Worker:
             return _ended(Cause.ERROR, error)
 
     def _done(self, message: JsonObject, send: Send) -> JsonObject:
+        check_devices(self._spec.launch.gpus)
         return self._kept(int(str(message["index"])), self._train(message, send))
 
     def _train(self, message: JsonObject, send: Send) -> Result:
@@ -228,6 +231,20 @@ def reset(seed: int, threads: int, cwd: Path, environment: dict[str, str], setti
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(stream(seed, "numpy") % 2**32)
         numpy.seterr(divide="warn", over="warn", under="ignore", invalid="warn")
+
+
+class NoDevices(OrcError):
+    """The GPUs that a rank was to have are not to be seen from it."""
+
+
+def check_devices(num: int) -> None:
+    """Return if this process sees at least `num` GPUs.
+
+    Raises:
+        NoDevices: it doesn't; a trial that asks for them would train on the processor, for days.
+    """
+    if num and (found := torch.cuda.device_count()) < num:
+        raise NoDevices(f"launch.gpus asks for {num} on each rank, and this one sees {found}")
 
 
 def loaded(paths: SweepPaths, spec: SweepSpec) -> Job:

@@ -58,9 +58,9 @@ def spec(
     )
 
 
-def folder(runs: Path, of: SweepSpec, job: str | None = None) -> SweepPaths:
-    """The folder of a sweep below `runs`; `job` is the text of its program."""
-    plan = SweepPlan(spec=of, code="0" * 64)
+def folder(runs: Path, of: SweepSpec, job: str | None = None, *, packed_by: tuple[str, ...] = ()) -> SweepPaths:
+    """The folder of a sweep below `runs`; `job` is the text of its program, and trials of a pack equal `packed_by`."""
+    plan = SweepPlan(spec=of, code="0" * 64, packed_by=packed_by)
     paths = SweepPaths(runs.absolute() / plan.id)
     for path in paths.folders:
         path.mkdir(mode=0o700, parents=True)

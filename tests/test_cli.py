@@ -272,6 +272,20 @@ def test_plan_says_how_wide_a_trial_is(orc: Orc) -> None:
     assert ", 4 ranks of 2 threads a trial" in said
 
 
+def test_plan_says_which_packs_there_are(orc: Orc) -> None:
+    (orc.folder / "train.py").write_text("def build(*, lr): pass\ndef train(trial, *, epochs): pass\n")
+    (orc.folder / "packs.yaml").write_text(
+        "program: train.py\nmethod: grid\nlaunch: {pack: 4}\n"
+        "parameters: {lr: {values: [1, 2, 3]}, epochs: {values: [1, 2]}}\n"
+    )
+    said = orc("plan", "packs.yaml").out
+    assert "6 trials (grid), 2 blocks of 4" in said
+    assert "  packs of up to 4: 3 packs of 1 to 3 trials; trials of a pack have equal epochs\n" in said
+    assert "packs of up to 4: 2 packs of 3 trials;" in orc("plan", "packs.yaml", "launch.trials_per_task=6").out
+    (orc.folder / "train.py").write_text("from other import *\n")
+    assert "launch.pack: 4 needs to know what train takes" in orc("plan", "packs.yaml", expect=2).err
+
+
 def test_plan_writes_nothing(orc: Orc) -> None:
     orc.write()
     for options in ([], ["--json"], ["--scripts"]):

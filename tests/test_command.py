@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import sweeps
@@ -19,6 +19,8 @@ from orchestrator import code, command
 from orchestrator.command import checkpoint_folder, expand, flat, from_snapshot, snapshot_first
 from orchestrator.errors import ProgramError
 from orchestrator.paths import SweepPaths
+from orchestrator.reports import joined
+from orchestrator.spec import Metric
 from orchestrator.store import Json, JsonObject
 
 PARAMS: JsonObject = {"lr": 0.1, "name": "a b", "fast": True, "slow": False, "opt": {"beta": [1, 2], "eps": None}}
@@ -213,3 +215,57 @@ def test_a_variable_that_the_worker_lacks_fails_the_trial(tmp_path: Path) -> Non
     paths = sweeps.make(tmp_path, argv=("echo", "${envvar:NOT_HERE}"), trials=1)
     code, said = sweeps.run(paths)
     assert "give NOT_HERE under env:" in str(sweeps.fold(paths).payload(0).get("error")), (code, said)
+
+
+# Reports of several attempts
+
+RESUMES = """
+import json, os, sys
+from pathlib import Path
+saved, losses = Path(os.environ["ORC_CHECKPOINT"], "step"), {losses}
+for step in range(int(saved.read_text()) if saved.exists() else 0, len(losses)):
+    with open(os.environ["ORC_REPORT"], "a") as report:
+        report.write(json.dumps({{"step": step, "val_loss": losses[step]}}) + "\\n")
+    saved.write_text(str(step + {saves}))
+    if os.environ["ORC_ATTEMPT"] == "0" and step == 3 and {is_cut}:
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("at", ["best", "last"])
+@pytest.mark.parametrize("saves", [1, -1])
+@pytest.mark.parametrize("losses", [[4, 1, 3, 2, 5], [4, 3, 2, 1], [1, 2, 3, 4, 5, 6]])
+def test_what_an_earlier_attempt_reported_counts_for_who_goes_on_from_its_checkpoint(
+    tmp_path: Path, at: Literal["best", "last"], saves: int, losses: list[int]
+) -> None:
+    """Whether it does steps again or not, and even where nothing was left to do."""
+    found = []
+    for is_cut in (True, False):
+        script = RESUMES.format(losses=losses, saves=saves, is_cut=is_cut)
+        argv, metric = (sys.executable, "-c", script), Metric(at=at)
+        paths = sweeps.make(tmp_path / str(is_cut), argv=argv, trials=1, metric=metric)
+        assert sweeps.run(paths)[0] == 0
+        found.append(sweeps.fold(paths).payload(0))
+        assert len(sweeps.records(paths, "start")) == 1 + is_cut
+    assert found[0] == found[1]
+    assert found[0]["value"] == (min(losses) if at == "best" else losses[-1])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([], [b'{"step": 1}'], [b'{"step": 1}']),
+        ([b'{"step": 1}', b'{"step": 2}'], [], [b'{"step": 1}', b'{"step": 2}']),
+        ([b'{"step": 1}', b'{"step": 2}'], [b'{"step": 2}'], [b'{"step": 1}', b'{"step": 2}']),
+        (
+            [b'{"x": 1}', b"torn {", b'{"step": 9}'],
+            [b"[]", b'{"step": 0}'],
+            [b'{"x": 1}', b"torn {", b"[]", b'{"step": 0}'],
+        ),
+        ([b'{"step": 5}'], [b'{"x": 1}'], [b'{"step": 5}', b'{"x": 1}']),
+    ],
+)
+def test_reports_of_steps_that_are_done_again_give_way(
+    before: list[bytes], after: list[bytes], expected: list[bytes]
+) -> None:
+    assert joined(before, after) == expected

@@ -15,18 +15,18 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 HOUSE = [
     "errors wording signals",  # the tree of errors; texts; signals as data
     "paths store trust",  # every file name; durable files; other users
-    "yaml12 space spec identity vitals exact scratch",  # the words of a sweep file; a process's identity and folders
+    "yaml12 space spec identity seat devices vitals exact scratch",  # the words of a sweep file; who a process is
     "sweepfile signatures plan render sketch ranking tree",  # pure: file text, plan, script text
     "reading limbs cells samples summary algebra wire metrics",  # pure: the monoid, and those made of it
     "records claims fold objective models effects curves resumption",  # outcomes, join, merge; what is kept
     "reduction parts share",  # ranges of trials that reducers merge
     "code job slurm local ledger handover submit",  # the user's code; Slurm's commands, and only here; submissions
-    "channel source command requeue notices reducer pace course budgets",  # the running side, free of torch
+    "channel source reports command attempt requeue notices reducer pace course budgets",  # what runs, free of torch
     "augment loading sampling losses readers",  # samples and what is made of them; with torch, as the next two rows
-    "data precision settings dist statetree checkpoint capture saver",  # only these rows have torch
-    "roll meeting replica agreement concord team rank keeper trial worker",
-    "members stack optimizers pack rendezvous ranks",
-    "forkserver children crew supervisor",  # what Slurm starts; workers are its children
+    "data precision values aside hessian settings dist statetree checkpoint capture saver",  # only these have torch
+    "roll meeting replica agreement concord team diagnostics rank keeper trial worker",
+    "kernels members stack optimizers pack packer rendezvous ranks elastic",
+    "forkserver children crew outposts outpost supervisor",  # what Slurm starts; workers are its children
     "intake sweep lab show watch tending running preview logs examples cli",  # what a person calls
     "__init__ __main__",
 ]
@@ -40,6 +40,10 @@ TORCH = {
     "readers",
     "data",
     "precision",
+    "values",
+    "aside",
+    "hessian",
+    "diagnostics",
     "settings",
     "dist",
     "statetree",
@@ -53,13 +57,16 @@ TORCH = {
     "concord",
     "team",
     "rank",
+    "elastic",
     "keeper",
     "trial",
     "worker",
     "members",
     "stack",
     "optimizers",
+    "kernels",
     "pack",
+    "packer",
     "rendezvous",
     "ranks",
 }

@@ -19,7 +19,7 @@ import orchestrator as orc
 from orchestrator.checkpoint import Checkpoints, Identity
 from orchestrator.job import load_job
 from orchestrator.keeper import LEAVE, Interrupted, Keeper
-from orchestrator.members import Each, PerMember, Unpackable
+from orchestrator.members import Each, PerMember, Unlike, Unpackable
 from orchestrator.objective import Diverged, NoResult
 from orchestrator.pack import Member, PackedTrial
 from orchestrator.records import Status
@@ -199,8 +199,32 @@ def frozen(trial: Any) -> None:
     usual(trial, part)
 
 
+def weighed(trial: Any) -> None:
+    def of(net: torch.nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        x, y = batch
+        z = net(x)
+        return {"loss": (z - y).square().mean(dim=1), "weight": 1 + x[:, 0].abs(), "_z": z[:, 0]}
+
+    def each_epoch(*, lr: float = 0.05, momentum: float = 0.9) -> orc.State:
+        state = build(lr=lr, momentum=momentum)
+        assert state.opt is not None
+        return orc.State(
+            net=state.net, opt=state.opt, each_epoch=torch.optim.lr_scheduler.ExponentialLR(state.opt, 0.5)
+        )
+
+    def widest(found: Any) -> float:
+        return float(found["_z"].compute().max or 0.0)
+
+    trial.build(each_epoch)
+    for _ in trial.epochs(3):
+        for batch in trial.batches((X, Y), 8):
+            trial.step(of, batch)
+        trial.validate(of, (X, Y), derived={"rmse": lambda found: found["loss"].compute().mean ** 0.5, "most": widest})
+
+
 JOBS: dict[str, Job] = {
     "usual": usual,
+    "weighed": weighed,
     "normed": lambda trial: usual(trial, normed),
     "scheduled": lambda trial: usual(trial, scheduled),
     "plateau": plateau,
@@ -228,6 +252,19 @@ def in_order(trial: Any) -> None:
 
 def test_samples_come_to_each_member_as_they_would_alone() -> None:
     check_as_alone(in_order)
+
+
+def test_what_is_derived_is_each_members_own_and_none_of_one_that_has_ended() -> None:
+    def job(trial: Any) -> None:
+        trial.build(build)
+        trial.stop(1)
+        trial.validate(losses, (X, Y), derived={"count": lambda found: found["far"].count + trial.num_steps})
+        trial.validate(losses, (X, Y), derived={"loss": lambda found: 0.0})
+
+    pack = pack_of()
+    with pytest.raises(ValueError, match="losses gives values of that name"):
+        job(pack)
+    assert [[line["metrics"]["val_count"] for line in of] for of in lines(pack)] == [[44.0], [], [44.0]]
 
 
 def test_a_job_of_the_examples_runs_packed_as_it_is() -> None:
@@ -613,6 +650,20 @@ def test_networks_that_differ_by_more_than_values_are_refused(kind: str, values:
     pack_of([{"at": 1}, {"at": 1}]).build(build) if values[1].__class__ is not object else None
 
 
+def test_members_that_have_built_alike_are_told_in_groups() -> None:
+    def either(*, width: int = 7, adam: bool = False, named: bool = False) -> orc.State:
+        net = net_of(width)
+        opt = torch.optim.AdamW(net.parameters()) if adam else torch.optim.SGD(net.parameters(), lr=0.1)
+        return orc.State(net=net, opt=opt, **{"noise": torch.Generator()} if named else {})
+
+    params: list[JsonObject] = [{}, {"width": 8}, {"adam": True}, {}, {"named": True}, {"width": 8}]
+    with pytest.raises(Unlike, match="the same names") as told:
+        pack_of(params).build(either)
+    assert told.value.groups == [[0, 3], [1, 5], [2], [4]]
+    for group in told.value.groups:
+        pack_of([params[place] for place in group]).build(either)
+
+
 def test_another_architecture_is_refused() -> None:
     with pytest.raises(
         Unpackable, match=r"the network's '0' has weight as float64 of shape \(7, 6\) on cpu in member 0"
@@ -629,6 +680,11 @@ def test_another_architecture_is_refused() -> None:
     [
         (lambda t: t.step(lambda n, b: {"far": n(b[0])}, (X, Y)), KeyError, 'must give "loss"'),
         (lambda t: t.step(losses, (X, Y), portions=0), ValueError, "portions is"),
+        (
+            lambda t: t.step(lambda n, b: {"loss": n(b[0])[:, 0], "weight": b[1]}, (X, Y)),
+            ValueError,
+            "as many weights as losses, found 44 for 44",
+        ),
         (lambda t: t.step(losses, (X, Y), clip_norm=-1.0), ValueError, "clip_norm is"),
         (
             lambda t: t.validate(lambda n, b: n(b[0]).mean(), (X, Y)),

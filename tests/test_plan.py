@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import FolderError, OrcError
-from orchestrator.plan import PlanFile, SweepPlan, Trial, blocks, write_plan
+from orchestrator.plan import PlanFile, SweepPlan, Trial, blocks, packs, write_plan
 from orchestrator.spec import Launch, Metric, Reduce, Retries, SweepSpec
 from orchestrator.store import JsonObject
 
@@ -188,6 +188,50 @@ def test_blocks(num_trials: int, per_task: int | None, expected: tuple[int, int]
     dealt = blocks(num_trials, per_task)
     assert dealt == expected
     assert [i for k in range(dealt.num_blocks) for i in dealt.trials(k, num_trials)] == list(range(num_trials))
+
+
+def test_blocks_hold_at_least_a_pack_unless_their_size_is_given() -> None:
+    assert blocks(200, None, 32) == (32, 7)
+    assert blocks(10_000, None, 32) == (100, 100)
+    assert blocks(200, 64, 32) == (64, 4)
+
+
+@given(st.lists(st.sampled_from([1, 2, 3]), max_size=40), st.integers(1, 9))
+def test_packs_hold_each_trial_once_equal_ones_together_in_their_order(values: list[int], most: int) -> None:
+    trials = [Trial(index=n, trial="", params={"epochs": v, "lr": n}, seed=n) for n, v in enumerate(values, 5)]
+    found = packs(trials, ["epochs", "absent"], most)
+    assert sorted(index for pack in found for index in pack) == [trial.index for trial in trials]
+    assert [pack[0] for pack in found] == sorted(pack[0] for pack in found)
+    for value in set(values):
+        own = [pack for pack in found if values[pack[0] - 5] == value]
+        assert [n for pack in own for n in pack] == [n for n, v in enumerate(values, 5) if v == value]
+        assert all(len(pack) == most for pack in own[:-1])
+
+
+def test_packs_are_in_the_plan_and_the_same_for_all_who_read_it(tmp_path: Path) -> None:
+    spec = random_spec(
+        20, launch=Launch(pack=3, trials_per_task=7), parameters={"lr": LR, "epochs": {"values": [1, 2]}}
+    )
+    plan = SweepPlan(spec=spec, code="c", packed_by=("epochs",))
+    write_plan(plan, tmp_path / "plan.jsonl")
+    found = PlanFile.open(tmp_path / "plan.jsonl")
+    assert found.packed_by == ("epochs",)
+    assert found.blocks == plan.blocks == (7, 3)
+    of = list(plan.packs())
+    for index in reversed(range(20)):
+        (pack,) = [pack for pack in of if index in pack]
+        assert found.pack(index) == pack
+        assert len({found.trial(one).params["epochs"] for one in pack}) == 1
+        assert len({one // 7 for one in pack}) == 1
+
+
+def test_without_packs_a_trial_is_alone_and_the_sweep_is_the_one_of_before(tmp_path: Path) -> None:
+    alone, packed = (SweepPlan(spec=random_spec(launch=Launch(pack=n)), code="c") for n in (1, 2))
+    assert b"pack" not in alone.spec.identity()
+    assert alone.id != packed.id
+    write_plan(alone, tmp_path / "plan.jsonl")
+    assert b"packed_by" not in (tmp_path / "plan.jsonl").read_bytes()
+    assert PlanFile.open(tmp_path / "plan.jsonl").pack(3) == (3,)
 
 
 def test_reading_a_plan_back_imports_nothing_heavy() -> None:

@@ -60,7 +60,7 @@ def sweep(runs: Path, disturb: str = "pass", world_size: int = 2, answer_s: floa
 def message(rank: int, attempt: int = 0) -> dict[str, Any]:
     return {
         "index": 0, "trial": "0-abc", "params": {}, "seed": 5, "attempt": attempt, "bar": None, "writer": "e" * 32,
-        "rank": rank,
+        "rank": rank, "local_rank": rank, "local_size": 2, "host": "127.0.0.1",
     }  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_a_rank_has_a_gpu_of_its_own_where_there_are_any(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     expected = torch.device("cuda", 1) if has_gpu else None
-    assert ranks._device(1, 2) == expected
+    assert ranks._device(1, 2, 0) == expected
     assert chosen == ([expected] if has_gpu else [])
 
 
@@ -159,4 +159,4 @@ def test_fewer_gpus_than_ranks_is_an_error_that_says_how_many(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(OrcError, match=r"^2 ranks on one machine need a GPU each, and this one shows 1$"):
-        ranks._device(0, 2)
+        ranks._device(0, 2, 0)

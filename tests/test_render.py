@@ -102,10 +102,12 @@ def example(name: str) -> str:
         return render_reducer(level(replace(of, reduce=reduce), 0))
     if name == "reducer-ranks":
         return render_reducer(reducer(replace(of, reduce=replace(reduce, ranks=8))))
+    if name == "nodes":
+        return render_workers(workers(replace(of, launch=replace(of.launch, form="auto", nodes=2, ranks_per_node=2))))
     return render_workers(workers(replace(of, launch=replace(of.launch, form=name))))
 
 
-@pytest.mark.parametrize("name", [*FORMS, "reducer", "reducer-level", "reducer-ranks"])
+@pytest.mark.parametrize("name", [*FORMS, "nodes", "reducer", "reducer-level", "reducer-ranks"])
 def test_the_rendered_examples_are_current(name: str) -> None:
     path = EXAMPLES / f"{name}.sh"
     if os.environ.get("ORC_UPDATE"):
@@ -211,6 +213,23 @@ def test_a_worker_has_processors_for_all_ranks_of_its_trial() -> None:
     assert [line for line in directives(script) if "cpus" in line] == ["#SBATCH --cpus-per-task=8"]
     assert "srun --nodes=1 --ntasks=1 --cpus-per-task=8 " in script
     assert "OMP_NUM_THREADS=2" in script, "of each rank"
+
+
+def test_a_job_of_several_nodes_has_a_worker_on_each() -> None:
+    script = render_workers(workers(spec(Launch(cpus=2, nodes=3, ranks_per_node=4))))
+    said = [line for line in directives(script) if "nodes" in line or "tasks" in line or "cpus" in line]
+    assert said == ["#SBATCH --nodes=3", "#SBATCH --ntasks-per-node=1", "#SBATCH --cpus-per-task=8"]
+    assert "srun --nodes=3 --ntasks=3 --ntasks-per-node=1 --cpus-per-task=8 --kill-on-bad-exit=0 --wait=0 " in script
+
+
+def test_trials_side_by_side_have_their_processors_and_share_gpus_as_told() -> None:
+    of = Launch(cpus=2, ranks_per_node=2, gpus=1, trials_per_node=5, trials_per_gpu=2)
+    script = render_workers(workers(spec(of)))
+    said = [line for line in directives(script) if "cpus" in line or "gres" in line]
+    assert said == ["#SBATCH --cpus-per-task=20", "#SBATCH --gres=gpu:6"]
+    assert '--worker "$orc_worker" --slots 5 &\n' in script
+    assert "--gres=gpu:a100:6" in render_workers(workers(spec(of, slurm={"gres": "gpu:a100:6"})))
+    assert "gres" not in render_workers(workers(spec(of, slurm={"gpus-per-node": 6})))
 
 
 def test_a_percent_sign_of_the_folder_is_no_pattern() -> None:

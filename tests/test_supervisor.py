@@ -742,7 +742,7 @@ def test_a_null_character_fails_its_trial_alone(tmp_path: Path) -> None:
 def test_trials_side_by_side_print_into_files_of_their_own(tmp_path: Path) -> None:
     paths = make(tmp_path, f"echo said by $ORC_TRIAL; {HALF}", trials=4)
     run(paths, "--slots", "2")
-    texts = [paths.slot_log(TOKEN, slot).read_text() for slot in (0, 1)]
+    texts = [paths.slot_log(TOKEN, 0, slot).read_text() for slot in (0, 1)]
     assert sorted(line for text in texts for line in text.splitlines() if line.startswith("said")) == [
         f"said by {trial}" for trial in range(4)
     ]

@@ -215,15 +215,35 @@ def _check_launch(sheet: Sheet) -> None:
             sheet.blame(("launch", key), f"found {describe(value)}, expected a name or path")
 
 
-def _check_ranks(sheet: Sheet) -> None:
+def _check_pack(sheet: Sheet) -> None:
     launch = sheet.tree.get("launch")
-    ranks = launch.get("ranks_per_node") if isinstance(launch, dict) else None
-    if sheet.tree.get("command") is not None and isinstance(ranks, int) and ranks > 1:
-        sheet.blame(
-            ("launch", "ranks_per_node"),
-            f"found {ranks}, expected 1 with a command, which starts ranks of its own, such as by torchrun; "
-            "launch.cpus says how many threads it has in all",
-        )
+    pack = launch.get("pack") if isinstance(launch, dict) else None
+    if not isinstance(launch, dict) or not isinstance(pack, int) or pack <= 1:
+        return
+    many = [f"{key}: {n}" for key in ("ranks_per_node", "nodes") if isinstance(n := launch.get(key), int) and n > 1]
+    others = [*(["a command"] if sheet.tree.get("command") is not None else []), *many]
+    if others:
+        sheet.blame(("launch", "pack"), f"found {pack}, expected 1 with {' and '.join(others)}: a pack is one process")
+    size = launch.get("trials_per_task")
+    if isinstance(size, int) and size < pack:
+        remedy = "the trials of a pack are of one block"
+        sheet.blame(("launch", "pack"), f"found {pack}, expected at most launch.trials_per_task, {size}: {remedy}")
+
+
+def _check_size_of_job(sheet: Sheet) -> None:
+    launch, options = sheet.tree.get("launch"), sheet.tree.get("slurm")
+    if not isinstance(launch, dict):
+        return
+    if isinstance(shared := launch.get("trials_per_gpu"), int) and shared > 1 and not launch.get("gpus"):
+        sheet.blame(("launch", "trials_per_gpu"), f"found {shared}, expected launch.gpus with it: 1 for each trial")
+    nodes = launch.get("nodes")
+    if not isinstance(nodes, int) or nodes < 2:
+        return
+    if (form := launch.get("form")) in ("exec", "trap"):
+        sheet.blame(("launch", "form"), f"found {describe(form)}, expected srun with launch.nodes: {nodes}")
+    for name in ("nodes", "ntasks", "ntasks-per-node"):
+        if isinstance(options, dict) and name in options:
+            sheet.blame(("slurm", name), f"is given, expected launch.nodes: {nodes} alone to say it", key=True)
 
 
 def _check_checkpoint(sheet: Sheet) -> None:
@@ -246,7 +266,8 @@ CHECKS = (
     _check_zip,
     _check_env,
     _check_launch,
-    _check_ranks,
+    _check_pack,
+    _check_size_of_job,
     _check_checkpoint,
 )
 """Every check; each one passes over values of a wrong type, which are blamed already."""

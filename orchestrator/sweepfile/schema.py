@@ -55,7 +55,10 @@ _Retries = _model(Retries, **dict.fromkeys(("error", "signal", "memory", "timeou
 _Launch = _model(
     Launch,
     **dict.fromkeys(("trials_per_task", "max_workers", "throttle"), _Positive | None),
-    **dict.fromkeys(("ranks_per_node", "cpus", "notice_s"), _Positive),
+    **dict.fromkeys(
+        ("nodes", "ranks_per_node", "cpus", "trials_per_node", "trials_per_gpu", "pack", "notice_s"), _Positive
+    ),
+    gpus=_Count,
     **dict.fromkeys(("lease_s", "import_timeout_s", "answer_s", "silent_s"), _Seconds),
     retries=_Retries | None,
 )

@@ -18,7 +18,7 @@ from on_lab_sweeps import STEPS, WINDOW, Bench, build
 from orchestrator.lab import LabOptions
 
 FORMS = ("exec", "trap", "srun")
-OPTIONS = LabOptions(nodes=10, cpus=16, grace_time_s=5, kill_wait_s=5)
+OPTIONS = LabOptions(nodes=14, cpus=16, grace_time_s=5, kill_wait_s=5)
 SHARED = "n8"
 """Where tests run that displace nothing."""
 Steps = Callable[..., Bench]

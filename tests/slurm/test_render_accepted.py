@@ -45,7 +45,8 @@ print(json.dumps({{"argv": sys.argv[1:], "env": dict(os.environ), "cwd": os.getc
 
 
 def test_every_form_has_an_example() -> None:
-    assert [path.stem for path in EXAMPLES] == ["exec", "reducer-level", "reducer-ranks", "reducer", "srun", "trap"]
+    reducers = ["reducer-level", "reducer-ranks", "reducer"]
+    assert [path.stem for path in EXAMPLES] == ["exec", "nodes", *reducers, "srun", "trap"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
