@@ -12,7 +12,7 @@ export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
 BIN := .venv/bin
 STAMP := .venv/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/pytest -n 6 --dist worksteal
+PYTEST := $(BIN)/pytest -n 8 --dist worksteal
 # What is shown by examples drawn at random: a hundred of each in a test run, a thousand in a long one.
 LAWS := $(addprefix tests/test_,summary.py samples.py algebra.py reduction.py wire.py fold.py fold_cache.py)
 SLURM_PROGRAMS := sbatch srun slurmctld slurmd munged slurmdbd mariadbd my_print_defaults shellcheck

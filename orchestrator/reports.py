@@ -86,12 +86,11 @@ def _step_of(line: bytes) -> int | None:
 
 def forget(paths: SweepPaths, trial: int, attempt: int) -> None:
     """Remove what attempts have reported, up to this one; the records have it."""
-    for number in range(attempt + 1):
-        if name := _note(paths, trial, number).get("file"):
+    for path in paths.checkpoints.glob(f"{trial}.*"):
+        number = path.name.split(".")[1]
+        if number.isdecimal() and int(number) <= attempt:
             with contextlib.suppress(OSError):
-                (paths.checkpoints / Path(str(name)).name).unlink()
-        with contextlib.suppress(OSError):
-            paths.report_note(trial, number).unlink()
+                path.unlink()
 
 
 class Reports:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from orchestrator import models, parts
 from orchestrator.fold import Fold
@@ -105,9 +106,10 @@ class Share:
         """
         models.let_go(self._paths, self._trials, ranked, self._recorded, alone=alone)
         with contextlib.suppress(FileNotFoundError):
-            for folder in self._paths.checkpoints.iterdir():
-                if folder.name.isdecimal() and self._is_done(int(folder.name)):
-                    shutil.rmtree(folder, ignore_errors=True)
+            for path in self._paths.checkpoints.iterdir():
+                trial = path.name.partition(".")[0]
+                if trial.isdecimal() and self._is_done(int(trial)):
+                    _remove(path)
 
     def _recorded(self, trial: int) -> str | None:
         """The model of the kept outcome of a trial, where that is known here. Of parts, only those that ranked are."""
@@ -123,6 +125,15 @@ class Share:
 
     def _fold_of(self, trial: int) -> Fold | None:
         return next((fold for trials, fold in self._folds if trial in trials), None)
+
+
+def _remove(path: Path) -> None:
+    """A trial's checkpoints, or what its program has reported."""
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _grouped(ranges: list[range], most: int) -> list[range]:

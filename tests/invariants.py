@@ -201,7 +201,8 @@ def leftovers(paths: SweepPaths) -> list[Path]:
     """Temporary files and folders of a sweep, and checkpoints of trials that have their outcome."""
     found = [path for path in paths.root.rglob(".*") if path != paths.submit_lock and paths.code not in path.parents]
     found += paths.root.parent.glob(f".{paths.id}.*")
-    done = [path for trial in counting(paths) if (path := paths.checkpoint(trial)).exists()]
+    trials = set(map(str, counting(paths)))
+    done = [path for path in paths.checkpoints.iterdir() if path.name.partition(".")[0] in trials]
     return sorted([*found, *done, *([paths.parts] if paths.parts.exists() else [])])
 
 
