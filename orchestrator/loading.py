@@ -145,7 +145,8 @@ def _loaded(samples: Prepared, rows: Sequence[Sequence[int]]) -> Iterator[object
         generator=torch.Generator(device="cpu").manual_seed(samples.seed),
     )
     before = set(multiprocessing.active_children())
-    batches = iter(loader)
+    with _notices_wait():
+        batches = iter(loader)
     mine = set(multiprocessing.active_children()) - before
     try:
         yield from batches
@@ -153,10 +154,21 @@ def _loaded(samples: Prepared, rows: Sequence[Sequence[int]]) -> Iterator[object
         _end(batches, mine)
 
 
+@contextlib.contextmanager
+def _notices_wait() -> Iterator[None]:
+    """Keep notices back while loaders are forked: until they ignore them, they would die of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOTICES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(parent: int, _number: int) -> None:
     """In a loader: a notice is for who trains, and a loader ends with it, however that ends."""
     for number in _NOTICES:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOTICES)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -58,6 +58,14 @@ def temporary(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name.startswith("orc"))  # noqa: PTH208 (a tenth of the time)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on a real Slurm, which mostly wait, are spread among those that compute: all processes get their share."""
+    waiting = [item for item in items if "slurm" in item.path.parts]
+    others = [item for item in items if "slurm" not in item.path.parts]
+    place = {id(item): number / len(group) for group in (waiting, others) for number, item in enumerate(group)}
+    items.sort(key=lambda item: place[id(item)])
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
