@@ -154,17 +154,16 @@ class Runner:
             with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as folder:
                 return self._run(message, Path(folder), send)
         except OSError as error:  # a full disk, say, which is not the trial's fault
-            beside = self._paths.checkpoint(int(str(message["index"])))
-            if isinstance(error, FileNotFoundError) and not beside.exists():
-                return {"gone": f"{beside}: has vanished: someone else has finished this trial"}
             return {"broken": f"{error.filename or self._scratch}: {error.strerror or error}"}
 
     def _run(self, message: JsonObject, folder: Path, send: Send) -> JsonObject:
         params = message["params"]
         assert isinstance(params, dict)
+        # In this order: what an earlier attempt, which may still be at work, reports later is not in this checkpoint.
+        checkpoint = self._checkpoints(message)
         params_file, reports = folder / "params.json", self._reports(message, folder, send)
         params_file.write_bytes(orjson.dumps(params))
-        environment = self._environment(message, params_file, reports.path)
+        environment = self._environment(message, params_file, reports.path, checkpoint)
         try:
             argv = expand(self._command, params, params_file=params_file, environment=environment)
         except ProgramError as error:
@@ -216,7 +215,7 @@ class Runner:
         index, attempt = int(str(message["index"])), int(str(message["attempt"]))
         return checkpoint_folder(self._paths.checkpoint(index), attempt)
 
-    def _environment(self, message: JsonObject, params_file: Path, report: Path) -> dict[str, str]:
+    def _environment(self, message: JsonObject, params_file: Path, report: Path, checkpoint: Path) -> dict[str, str]:
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(self._python_path()),
@@ -227,7 +226,7 @@ class Runner:
             "ORC_PARAMS": str(params_file),
             "ORC_REPORT": str(report),
             "ORC_CODE": str(self._lineage.folder),
-            "ORC_CHECKPOINT": str(self._checkpoints(message)),
+            "ORC_CHECKPOINT": str(checkpoint),
         }
 
 

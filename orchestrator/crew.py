@@ -31,6 +31,8 @@ LOOK_S = 1.0
 """How often to look at ranks, in seconds."""
 _HEARING_S = 3.0
 """How long others may take to say how they fail, once a rank has; they look for the culprit for two seconds."""
+_SAVING_S = 600.0
+"""The same where a notice has come, and others may be saving."""
 _PARTING_S = 10.0
 """How long ranks may take to leave, once the trial has an outcome or their own part in it is done."""
 
@@ -146,8 +148,8 @@ class Crew:
 
     def _end(self, weight: _Weight, rank: int, message: JsonObject) -> None:
         self._endings.append(_Ending(weight=weight, rank=rank, message=message))
-        if weight is not _Weight.LATER and not message.get("noticed"):
-            self._kill_by(_HEARING_S)
+        if weight is not _Weight.LATER:
+            self._kill_by(_SAVING_S if message.get("noticed") else _HEARING_S)
 
     def _kill_by(self, after_s: float) -> None:
         until = self._clock() + after_s

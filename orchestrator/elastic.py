@@ -81,8 +81,8 @@ class RankRunner(Runner):
             return super()._checkpoints(message)
         return attempt_folder(self._paths.checkpoint(int(str(message["index"]))), int(str(message["attempt"])))
 
-    def _environment(self, message: JsonObject, params_file: Path, report: Path) -> dict[str, str]:
-        found = super()._environment(message, params_file, report)
+    def _environment(self, message: JsonObject, params_file: Path, report: Path, checkpoint: Path) -> dict[str, str]:
+        found = super()._environment(message, params_file, report, checkpoint)
         self._store = hosted(self._invitation(message, str(message.get("host", LOOPBACK))))
         return found | variables(
             self._rank,

@@ -7,10 +7,13 @@ same whatever became of the others, so its trials end with the same bits however
 from __future__ import annotations
 
 import contextlib
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import cast
+
+import torch
 
 from orchestrator.channel import Channel, Send, say
 from orchestrator.checkpoint import Checkpoint, Checkpoints, Identity
@@ -25,7 +28,8 @@ from orchestrator.records import Cause
 from orchestrator.signatures import split
 from orchestrator.spec import SweepSpec
 from orchestrator.store import JsonObject
-from orchestrator.worker import Worker, check_devices, loaded, reset
+from orchestrator.trial import Result
+from orchestrator.worker import Worker, check_devices, described, loaded, reset
 
 __all__ = ["PackWorker", "server"]
 
@@ -45,10 +49,12 @@ class PackWorker(Worker):
     def __init__(self, paths: SweepPaths, spec: SweepSpec, job: Job, channel: Channel) -> None:
         super().__init__(paths, spec, job, channel)
         self._found: dict[int, Checkpoint | None] = {}
+        self._heard: list[str] = []
 
     def _done(self, message: JsonObject, send: Send) -> JsonObject:
         check_devices(self._spec.launch.gpus)
         self._found.clear()
+        self._heard.clear()
         parts = [tuple(Planned(**one) for one in cast("list[JsonObject]", message["pack"]))]  # type: ignore[arg-type]
         whole, failed = parts[0], ""
         while parts:
@@ -56,7 +62,7 @@ class PackWorker(Worker):
             if not self._open(part, message):
                 continue
             try:
-                failed = self._part_done(part, message, send) or failed
+                failed = self._part_tried(part, message, send) or failed
             except Unlike as unlike:
                 say(f"--- {len(part)} trials train in {len(unlike.groups)} parts: {unlike.reason}")
                 parts[:0] = [tuple(part[place] for place in group) for group in unlike.groups]
@@ -72,27 +78,55 @@ class PackWorker(Worker):
         open_ = cast("list[int]", message["open"])
         return [one.index for one in part if one.index in open_]
 
+    def _part_tried(self, part: Part, message: JsonObject, send: Send) -> str:
+        """As `_part_done`; an error of the job in one part is told as well, and costs the others nothing."""
+        try:
+            return self._part_done(part, message, send)
+        except (Interrupted, Unlike, MemoryError, torch.OutOfMemoryError, OSError):
+            raise
+        except Exception as error:
+            say(traceback.format_exc())
+            return described(error)
+
     def _part_done(self, part: Part, message: JsonObject, send: Send) -> str:
-        """Train a part and tell what its trials came to; returns why one of them has no result, if one has none."""
+        """Train a part and tell what its trials came to; returns why one of them has no result, if one has none.
+
+        The best come first: a model that doesn't rank among those of the part isn't written, and the outcomes that it
+        is beaten by must be there whenever this process may be killed.
+        """
         pack = self._trained(part, message, send)
-        open_, failed = self._open(part, message), ""
+        open_, failed, found = self._open(part, message), "", dict[int, Result]()
         bar = message["bar"]
         own = pack.bar(bar if isinstance(bar, float) else None, self._spec.reduce.top, open_)
         for member in pack.members:
-            if member.index not in open_:
-                continue
-            try:
-                answer = self._kept(member.index, member.result(own))
-            except NoResult as error:
-                failed = str(error)
-                continue
+            if member.index in open_:
+                try:
+                    found[member.index] = member.result(own)
+                except NoResult as error:
+                    failed = str(error)
+        for index in sorted(found, key=lambda index: (*self._rank(found[index]), index)):
+            answer = self._kept(index, found[index])
             if "broken" in answer:
                 raise Interrupted(answer)
-            send({**answer, "trial": member.index})
+            send({**answer, "trial": index})
         return failed
+
+    def _rank(self, result: Result) -> tuple[bool, float]:
+        """What sorts a result before worse ones."""
+        value = result.payload.get("value")
+        if not isinstance(value, float):
+            return True, 0.0
+        return False, value if self._spec.metric.goal == "minimize" else -value
+
+    def _hears_again(self) -> list[str]:
+        """The words of notices, also for the part after this one, if this one has no safe point left for them."""
+        words = self._hears()
+        self._heard += words
+        return words
 
     def _trained(self, part: Part, message: JsonObject, send: Send) -> PackedTrial:
         self._listen()
+        self._words, self._heard = [*self._heard, *self._words], []
         self._noticed = bool(self._words)
         reset(seed_of(one.seed for one in part), self._spec.launch.cpus, self._cwd, self._environment, self._settings)
         keeper = self._keeper = self._keeper_of(part, message, send)
@@ -114,7 +148,7 @@ class PackWorker(Worker):
         return Keeper(
             checkpoints,
             self._spec.checkpoint,
-            hears=self._hears,
+            hears=self._hears_again,
             tells=lambda told: send({**told, "trial": lead, "together": [*together]}),
             say=say,
         )

@@ -38,8 +38,10 @@ def new_file(paths: SweepPaths, trial: int, attempt: int, earlier: int | None) -
     """
     path, note = paths.program_report(trial, attempt, secrets.token_hex(6)), paths.report_note(trial, attempt)
     try:
-        # As durable as what the program itself saves: a note that is torn says nothing.
-        note.write_bytes(store.checked({"file": path.name, "earlier": earlier}))
+        with note.open("wb") as file:
+            file.write(store.checked({"file": path.name, "earlier": earlier}))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(note)) from error
     return path
@@ -62,7 +64,9 @@ def said_before(paths: SweepPaths, trial: int, earlier: int | None) -> list[byte
     if earlier is None:
         return []
     note, lines = _note(paths, trial, earlier), list[bytes]()
-    with contextlib.suppress(FileNotFoundError, KeyError):
+    if not note:  # lost with its node; what was there before is still known
+        return said_before(paths, trial, earlier - 1 if earlier else None)
+    with contextlib.suppress(FileNotFoundError):
         *lines, _torn = (paths.checkpoints / str(note["file"])).read_bytes().split(b"\n")
     before = note.get("earlier")
     return joined(said_before(paths, trial, before if isinstance(before, int) else None), lines)

@@ -108,7 +108,7 @@ class Share:
         with contextlib.suppress(FileNotFoundError):
             for path in self._paths.checkpoints.iterdir():
                 trial = path.name.partition(".")[0]
-                if trial.isdecimal() and self._is_done(int(trial)):
+                if trial.isdecimal() and all(map(self._is_done, self._plan.pack(int(trial)))):
                     _remove(path)
 
     def _recorded(self, trial: int) -> str | None:

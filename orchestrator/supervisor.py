@@ -337,7 +337,8 @@ class Supervisor:
             cause, ready.charges[cause], f"{ready.charges[cause]} attempts ended by: {cause.value}"
         )
         self._record(ready, Status.FAILED, {"cause": cause.value, "error": error}, 0.0)
-        self._done.append(ready.trial)
+        if self._spec.launch.pack == 1:  # else others of its pack may need what is in its folder
+            self._done.append(ready.trial)
         self._reported += [ready] if self._spec.command is not None else []
         return True
 
@@ -509,7 +510,10 @@ class Supervisor:
             self._writer.append(
                 records.end(trial=ready.trial, attempt=ready.attempt, cause=Cause.UNKNOWN, detail=detail, begun=False)
             )
-        self._try_again(ready for ready in dropped if not self._source.has_outcome(ready.trial))
+        left = [ready for ready in dropped if not self._source.has_outcome(ready.trial)]
+        for ready in left:
+            ready.charges[Cause.UNKNOWN] += 1  # so that what is not so is not said for ever
+        self._try_again(left)
 
     def _try_again(self, block: Iterable[Ready]) -> None:
         if again := [Ready(ready.trial, ready.attempt + 1, ready.charges) for ready in block]:

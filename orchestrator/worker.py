@@ -38,7 +38,7 @@ from orchestrator.spec import SweepSpec
 from orchestrator.store import JsonObject
 from orchestrator.trial import Result, Trial, stream
 
-__all__ = ["NoDevices", "Worker", "check_devices", "loaded", "reset", "server"]
+__all__ = ["NoDevices", "Worker", "check_devices", "described", "loaded", "reset", "server"]
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -209,9 +209,12 @@ def _end_process(code: int) -> None:
 
 
 def _ended(cause: Cause, error: BaseException) -> JsonObject:
-    # Addresses differ from run to run; what counts must not.
-    text = re.sub(r"0x[0-9a-f]+", "0x…", f"{type(error).__name__}: {error}")
-    return {"end": cause.value, "detail": text}
+    return {"end": cause.value, "detail": described(error)}
+
+
+def described(error: BaseException) -> str:
+    """An error in a line. Addresses differ from run to run; what counts must not."""
+    return re.sub(r"0x[0-9a-f]+", "0x…", f"{type(error).__name__}: {error}")
 
 
 def reset(seed: int, threads: int, cwd: Path, environment: dict[str, str], settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing.util
 import os
 import shutil
@@ -59,11 +60,21 @@ def temporary(folder: Path) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on a real Slurm, which mostly wait, are spread among those that compute: all processes get their share."""
+    """Tests on a real Slurm, which mostly wait, are spread among those that compute: all processes get their share.
+
+    They go between modules, whose fixtures would be made anew in the middle of one.
+    """
     waiting = [item for item in items if "slurm" in item.path.parts]
     others = [item for item in items if "slurm" not in item.path.parts]
-    place = {id(item): number / len(group) for group in (waiting, others) for number, item in enumerate(group)}
-    items.sort(key=lambda item: place[id(item)])
+    found: list[pytest.Item] = []
+    num_others = num_waiting = 0
+    for _, module in itertools.groupby(others, key=lambda item: item.path):
+        found += (part := list(module))
+        num_others += len(part)
+        until_now = len(waiting) * num_others // len(others)
+        found += waiting[num_waiting:until_now]
+        num_waiting = until_now
+    items[:] = found or waiting
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,12 +14,13 @@ import pytest
 import sweeps
 from hypothesis import given
 from hypothesis import strategies as st
+from sweeps import HALF
 
 from orchestrator import code, command
 from orchestrator.command import checkpoint_folder, expand, flat, from_snapshot, snapshot_first
 from orchestrator.errors import ProgramError
 from orchestrator.paths import SweepPaths
-from orchestrator.reports import joined
+from orchestrator.reports import forget, joined, new_file, said_before
 from orchestrator.spec import Metric
 from orchestrator.store import Json, JsonObject
 
@@ -269,3 +270,25 @@ def test_reports_of_steps_that_are_done_again_give_way(
     before: list[bytes], after: list[bytes], expected: list[bytes]
 ) -> None:
     assert joined(before, after) == expected
+
+
+def test_a_note_that_is_lost_with_its_node_hides_no_earlier_reports(tmp_path: Path) -> None:
+    paths = sweeps.make(tmp_path, trials=1)
+    for attempt, earlier in ((0, None), (1, 0), (2, 1)):
+        new_file(paths, 0, attempt, earlier).write_bytes(b'{"step": %d}\n' % attempt)
+    assert said_before(paths, 0, 2) == [b'{"step": 0}', b'{"step": 1}', b'{"step": 2}']
+    paths.report_note(0, 1).write_bytes(b"")
+    assert said_before(paths, 0, 2) == [b'{"step": 0}', b'{"step": 2}']
+    assert said_before(paths, 0, 1) == [b'{"step": 0}']
+    forget(paths, 0, 1)
+    assert [path.name.split(".")[1] for path in paths.checkpoints.iterdir()] == ["2", "2"]
+
+
+@pytest.mark.parametrize("what", ["scratch", "checkpoints"])
+def test_a_folder_that_is_gone_ends_the_work_instead_of_repeating_it(tmp_path: Path, what: str) -> None:
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    folder = "$TMPDIR" if what == "scratch" else "$ORC_SWEEP/checkpoints"
+    paths = sweeps.make(tmp_path / "runs", f"rm -rf {folder}/*; {HALF}", trials=3)
+    sweeps.run(paths, env={"TMPDIR": str(scratch)})
+    assert len(sweeps.records(paths, "start")) <= 3 * 6

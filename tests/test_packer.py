@@ -25,7 +25,7 @@ from orchestrator.job import Job, load_job
 from orchestrator.packer import PackWorker
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
-from orchestrator.records import Cause, RecordWriter
+from orchestrator.records import Cause, RecordWriter, Status, outcome
 from orchestrator.spec import Checkpoint, Metric, Retries
 from orchestrator.store import JsonObject
 from orchestrator.sweep import Sweep
@@ -322,7 +322,7 @@ def outcomes(found: list[Any]) -> list[tuple[int, str]]:
 @pytest.mark.usefixtures("process_as_before")
 def test_outcomes_are_told_trial_by_trial_and_the_models_of_the_best_are_kept(paths: SweepPaths) -> None:
     found = worked(paths, trains, build_net, [{"lr": lr} for lr in (0.0, 0.3, 0.1, 0.2)])
-    assert outcomes(found) == [(n, "complete") for n in range(4)]
+    assert sorted(outcomes(found)) == [(n, "complete") for n in range(4)]
     assert {key: found[-1][key] for key in ("index", "attempt", "over")} == {"index": 0, "attempt": 0, "over": True}
     values = {one["trial"]: one["payload"]["value"] for one in found if "outcome" in one}
     best = sorted(values, key=lambda trial: values[trial])[:2]
@@ -405,3 +405,37 @@ def test_an_error_is_charged_to_every_trial_of_the_pack_which_is_tried_again_as_
     ends = [(line["trial"], line["attempt"], line["cause"]) for line in records(paths, "end")]
     assert ends == [(trial, attempt, "error") for attempt in (0, 1) for trial in range(3)]
     assert "call trial.build(build)" in sweeps.fold(paths).payload(1)["error"]
+
+
+# Parts
+
+
+def changed(paths: SweepPaths, before: str, after: str) -> None:
+    """The job of a sweep that has not begun, with other words in it."""
+    text = (paths.code / "train.py").read_text()
+    assert before in text
+    (paths.code / "train.py").write_text(text.replace(before, after))
+
+
+def test_an_error_in_one_part_costs_the_other_parts_nothing(tmp_path: Path, calm: SweepPaths) -> None:
+    paths = sweep(tmp_path)
+    changed(paths, "    x, y = batch\n", "    x, y = batch\n    assert net[0].out_features != 5, 'five is too few'\n")
+    assert sweeps.run(paths, env={"CALM": "1"})[0] == 0
+    assert counts(paths) == {"complete": 2, "diverged": 1, "failed": 3}
+    found, expected = sweeps.fold(paths), sweeps.fold(calm)
+    for trial in (0, 2, 4):
+        assert found.payload(trial)["error"] == "AssertionError: five is too few"
+    assert [found.payload(trial) for trial in (1, 3, 5)] == [expected.payload(trial) for trial in (1, 3, 5)]
+
+
+def test_a_reducer_leaves_the_checkpoint_of_a_pack_that_still_has_something_to_do(tmp_path: Path) -> None:
+    paths = sweep(tmp_path)
+    writer = RecordWriter(paths, {"submission": TOKEN})
+    writer.append(
+        outcome(trial=0, attempt=0, status=Status.COMPLETE, payload={"value": 1.0}, seconds=0.0), durable=True
+    )
+    writer.close()
+    for trial in (0, 4):
+        paths.checkpoint(trial).mkdir()
+    sweeps.summary(paths)
+    assert sweeps.names(paths.checkpoints) == ["0", "4"]
