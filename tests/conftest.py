@@ -6,6 +6,7 @@ import itertools
 import multiprocessing.util
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from invariants import newest_process, processes_naming, until
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell has it for what it starts in the background; what we start would have it, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # several processes share the processors: with more threads than those, each waits for others
 
 # No deadline: a shared machine is slow now and then, and a slow example is no wrong example.
