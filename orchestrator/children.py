@@ -41,6 +41,13 @@ class Post(NamedTuple):
     slot: int
     rank: int = 0
 
+    @classmethod
+    def of(cls, value: object) -> Post:
+        """From a message, in which it is [slot, rank]."""
+        assert isinstance(value, list)
+        slot, rank = value
+        return cls(int(slot), int(rank))
+
 
 @dataclass(slots=True)
 class Worker:

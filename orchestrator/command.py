@@ -37,7 +37,7 @@ from orchestrator.signals import name_of
 from orchestrator.spec import SweepSpec
 from orchestrator.store import Json, JsonObject
 
-__all__ = ["Reports", "Runner", "attempt_folder", "expand", "flat", "prepared", "server"]
+__all__ = ["Runner", "attempt_folder", "expand", "flat", "prepared", "server"]
 
 _GO_ON_LATER = 75
 _LOOK_S = 0.5

@@ -97,9 +97,9 @@ class Outpost:
     def _on_line(self) -> None:
         for message in self._line.receive():
             if "start" in message:
-                self._start(_post(message["start"]))
+                self._start(Post.of(message["start"]))
             elif "kill" in message:
-                self._children.kill(_post(message["kill"]))
+                self._children.kill(Post.of(message["kill"]))
             elif "to" in message or "tell" in message:
                 self._pass_on(message)
 
@@ -108,7 +108,7 @@ class Outpost:
         self._selector.register(channel, selectors.EVENT_READ, lambda: self._on_worker(post, channel))
 
     def _pass_on(self, message: JsonObject) -> None:
-        worker = self._children.workers.get(_post(message["to"] if "to" in message else message["tell"]))
+        worker = self._children.workers.get(Post.of(message["to"] if "to" in message else message["tell"]))
         if worker is None:
             return  # it has just ended, which is on its way
         if "to" in message:
@@ -177,9 +177,3 @@ class Outpost:
             if text is not None and one.member.vital() is Vital.STOPPED:
                 del self._watched[post]
                 self._line.send({"from": list(post), "message": {**one.name, "stopped": text}})
-
-
-def _post(value: object) -> Post:
-    assert isinstance(value, list)
-    slot, rank = value
-    return Post(int(slot), int(rank))

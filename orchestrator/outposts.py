@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from orchestrator import store
 from orchestrator.channel import Channel
@@ -211,8 +212,9 @@ class Outposts:
             elif number in self._guests:
                 self._hear_out(number)
             else:
-                node = next(node for node in self._nodes.values() if node.channel.fileno() == number)
-                yield from self._take(node)
+                # Who was hung up on since the look at all of them is none of these any more.
+                for node in [node for node in self._nodes.values() if node.channel.fileno() == number]:
+                    yield from self._take(node)
 
     def _greet(self) -> None:
         assert self._listener is not None
@@ -286,9 +288,9 @@ class Outposts:
             elif "lost" in message:
                 raise NodeLost(f"node {node.number} ({node.host}) of this job: {message['lost']}")
             elif "from" in message:
-                yield Heard(_post(message["from"]), _object(message["message"]))
+                yield Heard(Post.of(message["from"]), cast("JsonObject", message["message"]))
             elif "exited" in message:
-                post = _post(message["exited"])
+                post = Post.of(message["exited"])
                 node.workers.pop(post, None)
                 yield Exited(post, int(str(message["status"])))
         if node.channel.closed:
@@ -493,14 +495,3 @@ def _wait_for_end(channels: Sequence[Channel], grace_s: float) -> None:
                     sock.settimeout(max(0.001, until - time.monotonic()))
     for channel in channels:
         channel.close()
-
-
-def _post(value: object) -> Post:
-    assert isinstance(value, list)
-    slot, rank = value
-    return Post(int(slot), int(rank))
-
-
-def _object(value: object) -> JsonObject:
-    assert isinstance(value, dict)
-    return value

@@ -384,6 +384,25 @@ def test_a_node_that_was_not_answered_in_time_comes_again(place: Path) -> None:
         again.close()
 
 
+def test_who_is_hung_up_on_in_the_same_look_is_not_heard(place: Path) -> None:
+    """A stranger's words and the last node's first come at once; so do a late answer and the node's second call."""
+    with listening(place, num_nodes=3) as outposts, ExitStack() as stack:
+        other = joined(place, outposts, 2)
+        line = during(outposts, lambda: call(place, 1, within_s=30))
+        assert isinstance(line, Channel)
+        strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", port(place)))) for _ in range(3)]
+        for _ in strangers:
+            list(outposts.poll())
+        line.send({"ready": True})
+        for one in strangers:
+            one.sendall(b"words")
+        stack.enter_context(socket.create_connection(("127.0.0.1", port(place))))
+        until(lambda: list(outposts.poll()) or outposts.ready)
+        assert list(outposts.poll()) == []
+        line.close()
+        other.close()
+
+
 def test_a_node_that_hangs_up_before_it_is_ready_is_waited_for(place: Path) -> None:
     with listening(place) as outposts:
         line = during(outposts, lambda: call(place, 1, within_s=30))
