@@ -110,7 +110,10 @@ class Channel:
 
     def receive_with_fds(self) -> tuple[list[JsonObject], list[int]]:
         """As `receive`, with the file descriptors that came along."""
-        data, fds, _, _ = socket.recv_fds(self._sock, 65536, 16)
+        try:
+            data, fds, _, _ = socket.recv_fds(self._sock, 65536, 16)
+        except _GONE:
+            data, fds = b"", []
         for fd in fds:
             os.set_inheritable(fd, False)
         self._fill(data)

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from orchestrator import scratch
 from orchestrator.channel import Channel
 from orchestrator.errors import OrcError, ProgramError
 from orchestrator.paths import SweepPaths
+from orchestrator.processes import children, end_descendants, start_time
 from orchestrator.signals import name_of
 from orchestrator.store import JsonObject
 
@@ -132,11 +134,13 @@ class Children:
         self._forks = True
         self._server: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
+        self._before: frozenset[int] = frozenset()
 
     def open(self) -> None:
         """Start the preloaded parent."""
         if self._has_ranks and self._folder is None:
             self._folder = str(scratch.make())
+        self._before = children()  # such as what the batch script started before it became this process
         self._server, self._channel = self._spawn()
 
     @property
@@ -212,11 +216,14 @@ class Children:
         return f"was killed by {name_of(-code)}" if code < 0 else f"left with exit code {code}"
 
     def reap(self) -> Iterator[Exited]:
-        """Direct children that have ended, after a SIGCHLD."""
+        """Direct children that have ended, after a SIGCHLD; what one of them has left running is ended."""
         for worker in list(self.workers.values()):
-            if worker.process is not None and worker.process.poll() is not None:
+            if worker.process is not None and _has_ended(worker.process.pid):
+                # Before its number is free for others.
+                since = start_time(worker.process.pid)
                 _end_group(worker.process.pid)
-                code = worker.process.returncode
+                code = worker.process.wait()
+                end_descendants(keep=self._kept(), since=since)
                 yield Exited(worker.post, -code if code < 0 else code << 8)
 
     def kill(self, post: Post) -> None:
@@ -230,27 +237,42 @@ class Children:
         self.workers.pop(post).channel.close()
 
     def stop(self, grace_s: float = 2.0) -> None:
-        """End every worker and the preloaded parent, and wait for them."""
+        """End every worker, the preloaded parent and all that they started, and wait for them."""
         if self._server is None:
             return
-        if self.channel.closed:
-            # Who would have ended what the workers have started was killed.
-            _end_groups({worker.pid for worker in self.workers.values() if worker.pid is not None})
+        try:
+            self._hang_up()
+            until = time.monotonic() + grace_s
+            for process in self._processes():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, until - time.monotonic()))
+        finally:
+            self._kill_rest()
+
+    def _hang_up(self) -> None:
+        """Close every channel. The preloaded parent's comes first: at its end that one ends all workers at once."""
+        self.channel.close()
         for worker in self.workers.values():
             worker.channel.close()
-        self.channel.close()
-        for process in [self._server, *(worker.process for worker in self.workers.values() if worker.process)]:
-            try:
-                process.wait(grace_s)
-            except subprocess.TimeoutExpired:
+
+    def _kill_rest(self) -> None:
+        """Kill whoever hasn't left in time, and what those who should have ended it have left running."""
+        for process in self._processes():
+            if process.poll() is None:
                 process.kill()
                 process.wait()
-        for worker in self.workers.values():
-            if worker.process is not None:
-                _end_group(worker.process.pid)
+        end_descendants(keep=self._before)
         self.workers.clear()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _processes(self) -> list[subprocess.Popen[bytes]]:
+        """Our direct children: the preloaded parent, and workers that were not forked."""
+        fresh = (worker.process for worker in self.workers.values())
+        return [process for process in (self._server, *fresh) if process is not None]
+
+    def _kept(self) -> set[int]:
+        return {*self._before, *(process.pid for process in self._processes())}
 
 
 def _post(message: JsonObject, what: str) -> Post:
@@ -263,20 +285,9 @@ def _end_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _end_groups(pids: set[int]) -> None:
-    """As `_end_group`, when their heads may be gone for long: only groups of our own session, so of no one else."""
-    session = os.getsid(0)
-    for group in {group for group, of in _groups() if of == session and group in pids}:
-        _end_group(group)
-
-
-def _groups() -> Iterator[tuple[int, int]]:
-    """Group and session of every process of this machine: fields 5 and 6 of /proc/PID/stat (proc(5))."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                yield int(fields[2]), int(fields[3])
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended; its status stays to be taken."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def memory_kills() -> int:

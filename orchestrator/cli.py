@@ -58,9 +58,12 @@ def _runs(folder: Path | None) -> Path:
 
 
 def _open(name: str | None, folder: Path | None) -> Sweep:
+    from orchestrator import leftovers
     from orchestrator.sweep import Sweep
 
-    return Sweep.open(name, runs=_runs(folder))
+    sweep = Sweep.open(name, runs=_runs(folder))
+    leftovers.end(sweep.paths, _say)
+    return sweep
 
 
 _dir = click.option(
@@ -406,16 +409,20 @@ def cancel(sweep: str | None, folder: Path | None) -> None:
 
     What is done stays; `orc resume` starts the rest again.
     """
+    from orchestrator import leftovers
     from orchestrator import submit as handing
 
     found = _open(sweep, folder)
     alive = handing.cancel(found.paths)
+    is_clean = leftovers.end(found.paths, _say)
     told = [one.job for one in alive if not one.is_elsewhere]
     _say(f"{found.id}: cancelled; told to end: {', '.join(told) or 'nothing, for nothing here was alive'}")
     for one in alive:
         if one.is_elsewhere:
             _say(f"not reached: process {one.job} on {one.reason}; `orc cancel` there ends it at once")
     click.echo(found.id)
+    if not is_clean:
+        raise OrcError(f"{found.id}: cancelled, but the processes named above could not be ended")
 
 
 # Around

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -31,6 +32,7 @@ from orchestrator.channel import Channel, Send, say, serve
 from orchestrator.code import Lineage
 from orchestrator.errors import ProgramError
 from orchestrator.paths import SweepPaths
+from orchestrator.processes import die_with_parent, end_descendants, reap_others
 from orchestrator.records import Cause
 from orchestrator.reports import Reports, new_file, said_before
 from orchestrator.signals import name_of
@@ -40,6 +42,8 @@ from orchestrator.store import Json, JsonObject
 __all__ = ["Runner", "attempt_folder", "expand", "flat", "prepared", "server"]
 
 _GO_ON_LATER = 75
+_LEFT_GRACE_S = 1.0
+"""What a program has left running gets TERM, and KILL so much later, in seconds."""
 _LOOK_S = 0.5
 """How often new reports are passed on while the program runs, in seconds."""
 _PYTHON = re.compile(r"(?:python|pypy)[0-9.]*|\$\{interpreter\}")
@@ -170,7 +174,9 @@ class Runner:
             return {"end": Cause.ERROR.value, "detail": str(error)}
         self._told = False
         try:
-            self._process = subprocess.Popen(argv, env=environment, stdin=subprocess.DEVNULL, preexec_fn=_defaults)
+            self._process = subprocess.Popen(
+                argv, env=environment, stdin=subprocess.DEVNULL, preexec_fn=partial(_defaults, os.getpid())
+            )
         except (OSError, ValueError) as error:  # ValueError: a null character in a value
             reason = error.strerror if isinstance(error, OSError) else str(error)
             return {"end": Cause.ERROR.value, "detail": f"{argv[0]} can't be started: {reason}"}
@@ -178,6 +184,7 @@ class Runner:
             self._pass_on()  # it came before there was a program to tell
         self._wait(reports)
         code, self._process = self._process.returncode, None
+        self._tidy()
         reports.look(final=True)
         answer = _ended(code) or self._outcome(reports)
         if answer.get("end") == Cause.ERROR.value:
@@ -191,6 +198,11 @@ class Runner:
         path = new_file(self._paths, index, attempt, earlier)
         return Reports(path, self._spec, send, said_before(self._paths, index, earlier))
 
+    def _tidy(self) -> None:
+        """End what the program has left running, however it was detached."""
+        if found := end_descendants(grace_s=_LEFT_GRACE_S):
+            say(f"=== ended what the program left running: {', '.join(found)}")
+
     def _outcome(self, reports: Reports) -> JsonObject:
         """What the trial came to, after its program has left with 0."""
         return reports.outcome()
@@ -201,6 +213,7 @@ class Runner:
         try:
             while not select.select([handle], [], [], _LOOK_S)[0]:
                 reports.look()
+                reap_others(keep={self._process.pid})
         finally:
             os.close(handle)
         self._process.wait()
@@ -355,8 +368,12 @@ def _put(new: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _defaults() -> None:
-    """In the new process: TERM asks it to save; USR1, which reaches every process of a step, must not end it."""
+def _defaults(worker: int) -> None:
+    """In the new process: TERM asks it to save; USR1, which reaches every process of a step, must not end it.
+
+    It ends with the worker, its parent.
+    """
+    die_with_parent(worker)
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

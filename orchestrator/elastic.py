@@ -67,6 +67,9 @@ class RankRunner(Runner):
         self._tells({"pid": self._process.pid})
         super()._wait(reports)
 
+    def _tidy(self) -> None:
+        """Nothing yet: it may serve other ranks. It is ended with this worker."""
+
     def _reports(self, message: JsonObject, folder: Path, send: Send) -> Reports:
         if self._rank == 0:
             return super()._reports(message, folder, send)

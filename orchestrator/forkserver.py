@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import os
 import resource
@@ -33,26 +32,21 @@ from typing import NoReturn
 from orchestrator.channel import Channel
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
+from orchestrator.processes import (
+    adopt_orphans,
+    children,
+    die_with_parent,
+    end_descendants,
+    live_without_parent,
+    start_time,
+)
 from orchestrator.store import JsonObject
 
 __all__ = ["main"]
 
-_PR_SET_PDEATHSIG = 1
 _NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 Serve = Callable[[Channel], None]
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when `parent`, its parent, ends: a killed supervisor leaves nothing behind."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def live_without_parent() -> None:
-    """Undo `die_with_parent`: who sees the end of its channel can clean up first."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
 
 
 def lead_group(pid: int) -> None:
@@ -112,7 +106,7 @@ def forkable() -> bool:
 
 
 class ForkServer:
-    """Forks a worker for each request and reports how it ended.
+    """Forks a worker for each request, reports how it ended, and ends what it left running.
 
     Args:
         channel: to the supervisor.
@@ -123,6 +117,8 @@ class ForkServer:
         self._channel = channel
         self._serve = serve
         self._posts: dict[int, tuple[int, int]] = {}
+        self._starts: dict[int, int] = {}
+        self._before = children()  # the program started them when it was imported
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -130,16 +126,19 @@ class ForkServer:
     def run(self) -> None:
         """Serve until the supervisor closes its end, or is killed; then end the workers and all that they started."""
         live_without_parent()
-        while not self._channel.closed:
-            ready, _, _ = select.select([self._channel.fileno(), self._wake_read], [], [])
-            if self._wake_read in ready:
-                self._reap()
-            if self._channel.fileno() in ready:
-                messages, fds = self._channel.receive_with_fds()
-                for message, fd in zip(messages, fds, strict=True):
-                    self._fork(message, fd)
-        for pid in self._posts:
-            end_group(pid)
+        try:
+            while not self._channel.closed:
+                ready, _, _ = select.select([self._channel.fileno(), self._wake_read], [], [])
+                if self._wake_read in ready:
+                    self._reap()
+                if self._channel.fileno() in ready:
+                    messages, fds = self._channel.receive_with_fds()
+                    for message, fd in zip(messages, fds, strict=True):
+                        self._fork(message, fd)
+        finally:
+            for pid in self._posts:
+                end_group(pid)
+            end_descendants()
 
     def _fork(self, message: JsonObject, fd: int) -> None:
         post, log, parent = (int(str(message["fork"])), int(str(message["rank"]))), message["log"], os.getpid()
@@ -152,6 +151,7 @@ class ForkServer:
         lead_group(pid)
         os.close(fd)
         self._posts[pid] = post
+        self._starts[pid] = start_time(pid)
         self._channel.send({"forked": post[0], "rank": post[1], "pid": pid})
 
     def _become_worker(self, parent: int, fd: int, log: str | None) -> None:
@@ -160,6 +160,7 @@ class ForkServer:
             lead_group(0)
             print_to(log)
             die_with_parent(parent)
+            adopt_orphans()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._channel.close()
@@ -177,13 +178,17 @@ class ForkServer:
             while os.read(self._wake_read, 4096):
                 pass
         while self._posts and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            post = self._posts.pop(ended.si_pid, None)
+            pid = ended.si_pid
+            post = self._posts.pop(pid, None)
             if post is not None:
                 # Before its number is free for others: what it started and left behind, such as data loaders.
-                end_group(ended.si_pid)
-            _, status = os.waitpid(ended.si_pid, 0)
-            if post is not None:  # else the program started it when it was imported
-                self._channel.send({"exited": post[0], "rank": post[1], "status": status})
+                end_group(pid)
+            _, status = os.waitpid(pid, 0)
+            if post is None:  # an orphan, or the program started it when it was imported
+                continue
+            # Its orphans are ours now. They are no older than it; those of workers that live are still theirs.
+            end_descendants(keep={*self._posts, *self._before}, since=self._starts.pop(pid))
+            self._channel.send({"exited": post[0], "rank": post[1], "status": status})
 
 
 def _stay_as_guardian(fd: int, folder: Path | None) -> None:
@@ -199,15 +204,19 @@ def _stay_as_guardian(fd: int, folder: Path | None) -> None:
         die_with_parent(guardian)
         return
     os.close(fd)
+    adopt_orphans()
     signal.signal(signal.SIGUSR1, lambda number, _: os.kill(worker, number))
     live_without_parent()
     handle = os.pidfd_open(worker)
     ready, _, _ = select.select([supervisor, handle], [], [])
     if supervisor in ready:
+        end_descendants()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
-    _end_as(os.waitpid(worker, 0)[1])
+    status = os.waitpid(worker, 0)[1]
+    end_descendants()
+    _end_as(status)
 
 
 def _end_as(status: int) -> NoReturn:
@@ -244,6 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_to(options.log)
     if options.fresh:
         _stay_as_guardian(options.fd, options.folder)
+    adopt_orphans()
     channel = Channel.from_fd(options.fd)
     at_end = contextlib.ExitStack()
     gc.disable()  # hardly anything that is imported becomes garbage, and looking for it takes a tenth of the time

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import ledger, local, reducer, show, submit
+from orchestrator import ledger, leftovers, local, reducer, show, submit
 from orchestrator.errors import FolderError, OrcError, Preempted, ProgramError, SlurmUnreachable, UsageError
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
@@ -44,6 +44,7 @@ def run(taken: Intake, runs: Path, *, workers: int | None) -> Sweep:
     is_new = not (runs / taken.plan.id).exists()
     _warn_of_other_code(taken, runs, is_new=is_new)
     sweep = Sweep(taken.store(runs))
+    leftovers.end(sweep.paths, _say)
     process = _process(sweep, taken, workers)
     if process is None:
         _reduce(sweep)
@@ -56,8 +57,10 @@ def run(taken: Intake, runs: Path, *, workers: int | None) -> Sweep:
     except KeyboardInterrupt:
         _say("stopping the workers")
         local.stop(process, grace_s=_STOP_S)
+        leftovers.end(sweep.paths, _say)
         text = f"{sweep.id}: stopped; the same command goes on, `orc best {sweep.id}` shows what there is"
         raise Preempted(text) from None
+    leftovers.end(sweep.paths, _say)
     _check_end(sweep, taken, is_new=is_new)
     _reduce(sweep)
     return sweep
@@ -212,6 +215,7 @@ def hand_over(taken: Intake, runs: Path, *, on: ledger.On, workers: int | None) 
     if is_new:
         taken.check_program()
     paths = taken.store(runs)
+    leftovers.end(paths, _say)
     try:
         receipt = submit.submit(paths, taken.plan, on=on, workers=workers)
     except OrcError:

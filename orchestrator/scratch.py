@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.identity import boot_id
+from orchestrator.identity import boot_id, process_stat
 
 __all__ = ["clear", "make"]
 
@@ -70,13 +70,8 @@ def _is_ours(entry: os.DirEntry[str]) -> bool:
 
 def _is_alive(pid: int) -> bool:
     # Another user's process with this number is not the maker, but that is not worth a race.
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+    stat = process_stat(pid)
+    return stat is not None and stat[0] not in "ZX"
 
 
 def _here() -> tuple[str, str] | None:

@@ -41,6 +41,7 @@ from orchestrator.outpost import Outpost
 from orchestrator.outposts import FarWorker, Heard, NodeLost, Outposts, addresses, call
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
+from orchestrator.processes import MARK, adopt_orphans, mark
 from orchestrator.records import Cause, RecordWriter, Status, Unrecordable
 from orchestrator.requeue import Action, Decision, Situation
 from orchestrator.seat import ALONE, LOOPBACK, Seat
@@ -231,9 +232,11 @@ class Supervisor:
         self._selector.register(self._outposts, selectors.EVENT_READ, self._on_outposts)
 
     def _stop_workers(self) -> None:
-        if self._outposts is not None:
-            self._outposts.stop()
-        self._children.stop()
+        try:
+            if self._outposts is not None:
+                self._outposts.stop()
+        finally:
+            self._children.stop()
 
     def _open_children(self) -> None:
         """Import the program: seconds that a worker who found nothing to do never spends."""
@@ -767,7 +770,7 @@ def _new_children(options: Options, plan: PlanFile) -> Children:
     launch, here = plan.spec.launch, _ranks_here(options, plan)
     return Children(
         options.paths,
-        _environment(plan),
+        _environment(plan, options.submission),
         lambda post: _log_of(options, post),
         has_ranks=launch.num_ranks > 1,
         folder=options.folder if options.seat.num_nodes > 1 else None,
@@ -789,12 +792,19 @@ def _log_of(options: Options, post: Post) -> Path | None:
     return options.paths.slot_log(options.submission, options.worker, post.slot) if options.slots > 1 else None
 
 
-def _environment(plan: PlanFile) -> dict[str, str]:
+def _environment(plan: PlanFile, submission: str) -> dict[str, str]:
     threads = str(plan.spec.launch.cpus)
     fixed = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     # Sets of texts are looped over in an order that depends on this; what a trial comes to must not.
     hashing = {"PYTHONHASHSEED": "0"}
-    return {**os.environ, **hashing, **plan.spec.env, **fixed, "PYTHONUNBUFFERED": "1"}
+    return {
+        **os.environ,
+        **hashing,
+        **plan.spec.env,
+        **fixed,
+        "PYTHONUNBUFFERED": "1",
+        MARK: mark(submission, os.environ),
+    }
 
 
 def _reduces_itself(paths: SweepPaths) -> bool:
@@ -839,6 +849,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry of the process; returns its exit code."""
     signals = _signals if __name__ == "__main__" else Signals()
     os.umask(0o077)
+    adopt_orphans()
     options, then_reduce = _parse(arguments)
     if options.seat.rank == 0:
         touch(os.environ.get("ORC_READY"))  # the batch script sends no signal before

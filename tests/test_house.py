@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 HOUSE = [
     "errors wording signals",  # the tree of errors; texts; signals as data
     "paths store trust",  # every file name; durable files; other users
-    "yaml12 space spec identity seat devices vitals exact scratch",  # the words of a sweep file; who a process is
+    "yaml12 space spec identity processes seat devices vitals exact scratch",  # a sweep file's words; who a process is
     "sweepfile signatures plan render sketch ranking tree",  # pure: file text, plan, script text
     "reading limbs cells samples summary algebra wire metrics",  # pure: the monoid, and those made of it
     "records claims fold objective models effects curves resumption",  # outcomes, join, merge; what is kept
     "reduction parts share",  # ranges of trials that reducers merge
-    "code job slurm local ledger handover submit",  # the user's code; Slurm's commands, and only here; submissions
+    "code job slurm local ledger leftovers handover submit",  # the user's code; Slurm's commands; submissions
     "channel source reports command attempt requeue notices reducer pace course budgets",  # what runs, free of torch
     "augment loading sampling losses readers",  # samples and what is made of them; with torch, as the next two rows
     "data precision values aside hessian settings dist statetree checkpoint capture saver",  # only these have torch
