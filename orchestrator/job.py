@@ -25,6 +25,7 @@ from types import ModuleType
 
 from orchestrator.code import Lineage
 from orchestrator.errors import ProgramError
+from orchestrator.processes import adopt_orphans, end_descendants
 
 __all__ = ["Job", "check", "load_job", "preload"]
 
@@ -178,7 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     gc.disable()  # hardly anything that is imported becomes garbage
+    adopt_orphans()
     _code = main()
+    end_descendants()  # what the program starts when it is imported is of no use here
     sys.stdout.flush()
     sys.stderr.flush()
     # Whoever submits waits for this: taking torch apart in good order would add to it.

@@ -140,6 +140,13 @@ def test_a_program_that_can_be_imported_passes(tmp_path: Path) -> None:
     check(write(tmp_path, "good.py", "print('noise')\ndef train(trial): ..."), "good.py", timeout_s=60)
 
 
+def test_what_a_program_starts_when_it_is_imported_ends_with_the_check(tmp_path: Path) -> None:
+    detached = "subprocess.Popen(['sleep', '333'], start_new_session=True, stdout=out, stderr=out)"
+    text = f"import subprocess\nout = subprocess.DEVNULL\nprint({detached}.pid, file=open('{tmp_path}/pid', 'w'))\n"
+    check(write(tmp_path, "starts.py", f"{text}def train(trial): ..."), "starts.py", timeout_s=60)
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
