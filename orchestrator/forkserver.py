@@ -214,6 +214,7 @@ def _stay_as_guardian(fd: int, folder: Path | None) -> None:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # once its status is taken, its number may be another one's
     status = os.waitpid(worker, 0)[1]
     end_descendants()
     _end_as(status)
