@@ -117,7 +117,6 @@ class ForkServer:
         self._channel = channel
         self._serve = serve
         self._posts: dict[int, tuple[int, int]] = {}
-        self._starts: dict[int, int] = {}
         self._before = children()  # the program started them when it was imported
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
@@ -151,7 +150,6 @@ class ForkServer:
         lead_group(pid)
         os.close(fd)
         self._posts[pid] = post
-        self._starts[pid] = start_time(pid)
         self._channel.send({"forked": post[0], "rank": post[1], "pid": pid})
 
     def _become_worker(self, parent: int, fd: int, log: str | None) -> None:
@@ -183,11 +181,12 @@ class ForkServer:
             if post is not None:
                 # Before its number is free for others: what it started and left behind, such as data loaders.
                 end_group(pid)
+            since = start_time(pid)
             _, status = os.waitpid(pid, 0)
             if post is None:  # an orphan, or the program started it when it was imported
                 continue
             # Its orphans are ours now. They are no older than it; those of workers that live are still theirs.
-            end_descendants(keep={*self._posts, *self._before}, since=self._starts.pop(pid))
+            end_descendants(keep={*self._posts, *self._before}, since=since)
             self._channel.send({"exited": post[0], "rank": post[1], "status": status})
 
 

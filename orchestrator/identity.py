@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.store import Json, JsonObject
 
-__all__ = ["SlurmPlace", "boot_id", "describe", "process_stat"]
+__all__ = ["ProcessStat", "SlurmPlace", "boot_id", "describe", "process_stat"]
 
 _LEVELS = (("avx512f", "AVX512"), ("avx2", "AVX2"))
 
@@ -53,15 +53,39 @@ def boot_id() -> str:
         return ""
 
 
-def process_stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time (clock ticks since boot) of a process of this machine; None when there is none."""
+@dataclass(frozen=True, slots=True)
+class ProcessStat:
+    """A process of this machine, as it was when somebody looked; its fields are those of proc(5).
+
+    Args:
+        pid: its number.
+        parent: the number of its parent.
+        start: when it started, in clock ticks since the boot.
+        state: one letter.
+        num_threads: how many of its threads have not been taken down.
+    """
+
+    pid: int
+    parent: int
+    start: int
+    state: str
+    num_threads: int
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether only its exit status is left. With its main thread gone and others at work it has not ended."""
+        return self.state in ("Z", "X", "x") and self.num_threads <= 1
+
+
+def process_stat(pid: int) -> ProcessStat | None:
+    """Look at a process of this machine; None when there is none of that number."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     # The name before them stands in parentheses and may itself hold any character.
     fields = text.rpartition(")")[2].split()
-    return fields[0], int(fields[19])
+    return ProcessStat(pid, int(fields[1]), int(fields[19]), fields[0], int(fields[17]))
 
 
 def _cpu_level() -> str:

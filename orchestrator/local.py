@@ -67,7 +67,7 @@ def _identify(pid: int) -> Process | None:
     found = process_stat(pid)
     if found is None:
         return None
-    return Process(pid=pid, start_time=found[1], boot_id=boot_id(), host=os.uname().nodename)
+    return Process(pid=pid, start_time=found.start, boot_id=boot_id(), host=os.uname().nodename)
 
 
 def start(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Process:
@@ -118,7 +118,7 @@ def alive(process: Process) -> bool:
     """Whether this very process runs on this machine; a zombie doesn't."""
     found = process_stat(process.pid)
     return (
-        found is not None and found[0] not in "ZX" and found[1] == process.start_time and process.boot_id == boot_id()
+        found is not None and not found.has_ended and found.start == process.start_time and process.boot_id == boot_id()
     )
 
 

@@ -26,14 +26,12 @@ import os
 import signal
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.identity import boot_id
+from orchestrator.identity import ProcessStat, boot_id, process_stat
 
 __all__ = [
     "MARK",
-    "Entry",
     "adopt_orphans",
     "children",
     "die_with_parent",
@@ -54,31 +52,8 @@ MARK = "ORC_SUPERVISOR"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PROC = Path("/proc")
-_ENDED = "ZX"
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
 _SHOWN_CHARACTERS = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A process of this machine, as it was when somebody looked.
-
-    Args:
-        pid: its number.
-        parent: the number of its parent.
-        start: when it started, in clock ticks since the boot.
-        state: one letter, as in proc(5).
-    """
-
-    pid: int
-    parent: int
-    start: int
-    state: str
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether only its exit status is left."""
-        return self.state in _ENDED
 
 
 def adopt_orphans() -> None:
@@ -101,18 +76,9 @@ def live_without_parent() -> None:
 # Looking
 
 
-def _entry(pid: int) -> Entry | None:
-    try:
-        text = (_PROC / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before them may itself hold any character
-    return Entry(pid, int(fields[1]), int(fields[19]), fields[0])
-
-
 def start_time(pid: int) -> int:
     """When a process started, in clock ticks since the boot; 0 when there is none of that number."""
-    entry = _entry(pid)
+    entry = process_stat(pid)
     return 0 if entry is None else entry.start
 
 
@@ -132,17 +98,17 @@ def has_children() -> bool:
 def children() -> frozenset[int]:
     """The children of this process."""
     me = os.getpid()
-    return frozenset(entry.pid for pid in _pids() if (entry := _entry(pid)) and entry.parent == me)
+    return frozenset(entry.pid for pid in _pids() if (entry := process_stat(pid)) and entry.parent == me)
 
 
-def _below(top: int, *, keep: Collection[int], since: int) -> list[Entry]:
+def _below(top: int, *, keep: Collection[int], since: int) -> list[ProcessStat]:
     """Return every process below `top`, but for children in `keep` or older than `since`, and all below those."""
-    by_parent: dict[int, list[Entry]] = {}
+    by_parent: dict[int, list[ProcessStat]] = {}
     for pid in _pids():
-        if (entry := _entry(pid)) is not None:
+        if (entry := process_stat(pid)) is not None:
             by_parent.setdefault(entry.parent, []).append(entry)
     waiting = [entry for entry in by_parent.get(top, []) if entry.pid not in keep and entry.start >= since]
-    reached: list[Entry] = []
+    reached: list[ProcessStat] = []
     while waiting:
         entry = waiting.pop()
         reached.append(entry)
@@ -150,7 +116,7 @@ def _below(top: int, *, keep: Collection[int], since: int) -> list[Entry]:
     return reached
 
 
-def named(entry: Entry) -> str:
+def named(entry: ProcessStat) -> str:
     """A process in words: its number and the begin of its command line."""
     try:
         line = (_PROC / str(entry.pid) / "cmdline").read_bytes()
@@ -163,7 +129,7 @@ def named(entry: Entry) -> str:
 # Ending
 
 
-def _send(entry: Entry, number: int) -> None:
+def _send(entry: ProcessStat, number: int) -> None:
     """Send a signal to this very process; one that has ended, or belongs to someone else, is left alone."""
     with contextlib.suppress(OSError):
         handle = os.pidfd_open(entry.pid)
@@ -221,7 +187,7 @@ def end_descendants(
     return list(told.values())
 
 
-def _reap(entry: Entry, me: int) -> None:
+def _reap(entry: ProcessStat, me: int) -> None:
     if entry.parent == me:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(entry.pid, os.WNOHANG)
@@ -249,12 +215,14 @@ def _place() -> str:
     return f"{boot_id()}/{''.join(filter(str.isdigit, namespace))}"
 
 
-def left(tokens: Collection[str]) -> list[Entry]:
+def left(tokens: Collection[str]) -> list[ProcessStat]:
     """Processes of this user whose supervisor, one of the submissions `tokens`, no longer runs on this machine."""
     if not tokens:
         return []
     place, mine = _place(), _ancestors()
-    entries = (entry for pid in _pids() if pid not in mine and _is_left(pid, tokens, place) and (entry := _entry(pid)))
+    entries = (
+        entry for pid in _pids() if pid not in mine and _is_left(pid, tokens, place) and (entry := process_stat(pid))
+    )
     return [entry for entry in entries if not entry.has_ended]
 
 
@@ -264,7 +232,7 @@ def _ancestors() -> set[int]:
     pid = os.getpid()
     while pid > 0 and pid not in found:
         found.add(pid)
-        entry = _entry(pid)
+        entry = process_stat(pid)
         pid = entry.parent if entry else 0
     return found
 
@@ -280,11 +248,9 @@ def _is_left(pid: int, tokens: Collection[str], place: str) -> bool:
     wanted = f"{MARK}=".encode()
     if wanted not in content:
         return False
-    variables = content.split(b"\0")
-    value = next((one.removeprefix(wanted) for one in variables if one.startswith(wanted)), b"").decode(
-        "ascii", "replace"
-    )
-    job = next((one.partition(b"=")[2] for one in variables if one.startswith(b"SLURM_JOB_ID=")), b"").decode()
+    variables = dict(one.partition(b"=")[::2] for one in content.split(b"\0"))
+    value = variables.get(MARK.encode(), b"").decode("ascii", "replace")
+    job = variables.get(b"SLURM_JOB_ID", b"").decode("ascii", "replace")
     match value.split(":"):
         case [token, number, start, where, of_job] if number.isdigit() and start.isdigit():
             is_ours = token in tokens and where == place and of_job == job
@@ -293,7 +259,7 @@ def _is_left(pid: int, tokens: Collection[str], place: str) -> bool:
 
 
 def _runs(pid: int, start: int) -> bool:
-    entry = _entry(pid)
+    entry = process_stat(pid)
     return entry is not None and entry.start == start and not entry.has_ended
 
 

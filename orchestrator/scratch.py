@@ -71,7 +71,7 @@ def _is_ours(entry: os.DirEntry[str]) -> bool:
 def _is_alive(pid: int) -> bool:
     # Another user's process with this number is not the maker, but that is not worth a race.
     stat = process_stat(pid)
-    return stat is not None and stat[0] not in "ZX"
+    return stat is not None and not stat.has_ended
 
 
 def _here() -> tuple[str, str] | None:

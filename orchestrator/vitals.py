@@ -29,7 +29,6 @@ class Vital(Enum):
     GONE = "has ended"
 
 
-_ENDED = ("Z", "X", "x")
 _STOPPED = "T"  # "t" is held by a debugger, on purpose
 
 
@@ -55,7 +54,7 @@ class Member:
     def of(cls, rank: int, pid: int) -> Member:
         """The process `pid` of this machine."""
         stat = process_stat(pid)
-        return cls(rank=rank, pid=pid, start=stat[1] if stat else 0, host=os.uname().nodename, space=_space())
+        return cls(rank=rank, pid=pid, start=stat.start if stat else 0, host=os.uname().nodename, space=_space())
 
     @classmethod
     def here(cls, rank: int) -> Member:
@@ -90,9 +89,9 @@ class Member:
         if not self.is_near():
             return None
         stat = process_stat(self.pid)
-        if stat is None or stat[1] != self.start or stat[0] in _ENDED:
+        if stat is None or stat.start != self.start or stat.has_ended:
             return Vital.GONE
-        return Vital.STOPPED if stat[0] == _STOPPED else Vital.RUNS
+        return Vital.STOPPED if stat.state == _STOPPED else Vital.RUNS
 
 
 def _space() -> str:

@@ -129,3 +129,24 @@ def test_what_the_program_starts_when_it_is_imported_outlives_a_worker_but_not_t
     assert sweeps.run(paths)[0] == 0
     values = [line["payload"].get("value") for line in sweeps.records(paths, "outcome")]
     assert sorted(value for value in values if value is not None) == [1.0, 1.0]
+
+
+HEADLESS = """
+import ctypes, os, threading, time
+from orchestrator import processes
+from orchestrator.identity import process_stat
+processes.adopt_orphans()
+pid = os.fork()
+if pid == 0:
+    os.setsid()
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)  # exit(2) of this thread alone
+while process_stat(pid).state != "Z":
+    time.sleep(0.01)
+print(process_stat(pid).has_ended, len(processes.end_descendants()), process_stat(pid))
+"""
+
+
+def test_a_process_whose_main_thread_has_ended_is_ended_like_any_other() -> None:
+    done = subprocess.run([sys.executable, "-c", HEADLESS], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("False 1 None", "")

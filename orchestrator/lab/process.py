@@ -51,14 +51,14 @@ class Process:
     def of(cls, pid: int) -> Process | None:
         """The process that has `pid` now."""
         stat = process_stat(pid)
-        return None if stat is None else cls(pid=pid, start_ticks=stat[1], boot=boot_id())
+        return None if stat is None else cls(pid=pid, start_ticks=stat.start, boot=boot_id())
 
     def alive(self) -> bool:
         """Whether it still runs. One that has ended but was not waited for does not."""
         with suppress(ChildProcessError):
             os.waitpid(self.pid, os.WNOHANG)
         stat = process_stat(self.pid)
-        return stat is not None and stat[0] not in "ZX" and stat[1] == self.start_ticks and self.boot == boot_id()
+        return stat is not None and not stat.has_ended and stat.start == self.start_ticks and self.boot == boot_id()
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to this very process; nothing happens when it is gone."""

@@ -72,7 +72,7 @@ class Found:
         with suppress(ProcessLookupError):
             handle = os.pidfd_open(self.pid)
             try:
-                if (process_stat(self.pid) or ("", 0))[1] == self.start_time:
+                if (stat := process_stat(self.pid)) and stat.start == self.start_time:
                     signal.pidfd_send_signal(handle, number)
                     return True
             finally:
