@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import orjson
 
+from orchestrator import guardian
 from orchestrator.store import JsonObject
 from orchestrator.wording import spans
 
@@ -151,6 +152,7 @@ def serve(
     notice: Callable[[str], None],
     *,
     once: bool = False,
+    ends_rest: bool = True,
 ) -> None:
     """Serve trials until the supervisor closes the channel; what they print stands between two marks in the log.
 
@@ -160,6 +162,7 @@ def serve(
             thread that outlives it, carries the trial's index and attempt, so that nothing counts for another trial.
         notice: told the words of notices that came between trials, or before signals could reach this process.
         once: leave after the first trial.
+        ends_rest: end what a trial has left running before the next one begins; else it ends with this process.
     """
     while not channel.closed or channel.has_kept:
         messages = list(channel.receive())
@@ -172,10 +175,13 @@ def serve(
                 send(_marked(attempt, message, send))
                 if once:
                     return
+                if ends_rest:
+                    guardian.end()  # its outcome is safe by now
 
 
 def _marked(attempt: Callable[[JsonObject, Send], JsonObject], message: JsonObject, send: Send) -> JsonObject:
     name = f"trial {message['trial']} attempt {message['attempt']}"
+    guardian.begin(name)
     say(f"=== {name}: start {message['params']}{_company(message)}")
     began = time.monotonic()
     answer = attempt(message, send)

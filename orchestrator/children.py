@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator import scratch
+from orchestrator import guardian, scratch
 from orchestrator.channel import Channel
 from orchestrator.errors import OrcError, ProgramError
 from orchestrator.paths import SweepPaths
@@ -73,19 +73,23 @@ class Worker:
         """Pass a notice on: what to do, by a message; and a signal, to one that is at work."""
         self.told = True
         self.channel.send({"notice": word})
-        self._signal()
+        self._send(signal.SIGUSR1)
 
     def has_pid(self, pid: int) -> None:
         """Note its process id, and send it the signal that waited for that."""
         self.pid = pid
         if self.told:
-            self._signal()
+            self._send(signal.SIGUSR1)
 
-    def _signal(self) -> None:
+    def end(self) -> None:
+        """Kill it, and have its guardian end in order what it leaves."""
+        self._send(guardian.END)
+
+    def _send(self, number: int) -> None:
         # One that has just gone, of which we are to be told, is left alone.
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGUSR1)
+                os.kill(self.pid, number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,8 @@ class Children:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "orchestrator.forkserver"),
-                    *("--dir", str(self._paths.root), "--fd", str(theirs.fileno()), *extra),
+                    *("--dir", str(self._paths.root), "--fd", str(theirs.fileno())),
+                    *("--supervisor", str(os.getpid()), *extra),
                     *(("--folder", self._folder) if self._folder else ()),
                 ],
                 stdin=subprocess.DEVNULL,
@@ -219,24 +224,24 @@ class Children:
         """Direct children that have ended, after a SIGCHLD; what one of them has left running is ended."""
         for worker in list(self.workers.values()):
             if worker.process is not None and _has_ended(worker.process.pid):
-                # Before its number is free for others.
                 since = start_time(worker.process.pid)
-                _end_group(worker.process.pid)
                 code = worker.process.wait()
-                end_descendants(keep=self._kept(), since=since)
+                if code < 0:
+                    # A guardian that was killed has ended nothing: what it left is ours now, and no older than it was.
+                    end_descendants(keep=self._kept(), since=since)
                 yield Exited(worker.post, -code if code < 0 else code << 8)
 
     def kill(self, post: Post) -> None:
         """End a worker that won't leave; `Exited` comes as ever."""
         worker = self.workers.get(post)
-        if worker is not None and worker.pid is not None:
-            _end_group(worker.pid)
+        if worker is not None:
+            worker.end()
 
     def forget(self, post: Post) -> None:
         """The worker of `post` has ended and its channel is read to the end."""
         self.workers.pop(post).channel.close()
 
-    def stop(self, grace_s: float = 2.0) -> None:
+    def stop(self, grace_s: float = 4.0) -> None:
         """End every worker, the preloaded parent and all that they started, and wait for them."""
         if self._server is None:
             return
@@ -254,6 +259,8 @@ class Children:
         self.channel.close()
         for worker in self.workers.values():
             worker.channel.close()
+            if worker.process is not None:
+                worker.end()
 
     def _kill_rest(self) -> None:
         """Kill whoever hasn't left in time, and what those who should have ended it have left running."""
@@ -277,12 +284,6 @@ class Children:
 
 def _post(message: JsonObject, what: str) -> Post:
     return Post(int(str(message[what])), int(str(message["rank"])))
-
-
-def _end_group(pid: int) -> None:
-    """Kill what a worker, the leader of its group, has left behind, such as data loaders."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 def _has_ended(pid: int) -> bool:

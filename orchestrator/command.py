@@ -32,7 +32,7 @@ from orchestrator.channel import Channel, Send, say, serve
 from orchestrator.code import Lineage
 from orchestrator.errors import ProgramError
 from orchestrator.paths import SweepPaths
-from orchestrator.processes import die_with_parent, end_descendants, reap_others
+from orchestrator.processes import die_with_parent
 from orchestrator.records import Cause
 from orchestrator.reports import Reports, new_file, said_before
 from orchestrator.signals import name_of
@@ -42,8 +42,6 @@ from orchestrator.store import Json, JsonObject
 __all__ = ["Runner", "attempt_folder", "expand", "flat", "prepared", "server"]
 
 _GO_ON_LATER = 75
-_LEFT_GRACE_S = 1.0
-"""What a program has left running gets TERM, and KILL so much later, in seconds."""
 _LOOK_S = 0.5
 """How often new reports are passed on while the program runs, in seconds."""
 _PYTHON = re.compile(r"(?:python|pypy)[0-9.]*|\$\{interpreter\}")
@@ -129,6 +127,8 @@ class Runner:
         folder: for files of attempts, which someone else removes in the end: this process may be killed.
     """
 
+    _ENDS_REST = True
+
     def __init__(self, paths: SweepPaths, spec: SweepSpec, channel: Channel, folder: Path) -> None:
         self._paths = paths
         self._spec = spec
@@ -151,7 +151,7 @@ class Runner:
 
     def serve(self) -> None:
         """Run trials until the supervisor closes the channel."""
-        serve(self._channel, self._attempt, self._pass_on)
+        serve(self._channel, self._attempt, self._pass_on, ends_rest=self._ENDS_REST)
 
     def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
         try:
@@ -184,7 +184,6 @@ class Runner:
             self._pass_on()  # it came before there was a program to tell
         self._wait(reports)
         code, self._process = self._process.returncode, None
-        self._tidy()
         reports.look(final=True)
         answer = _ended(code) or self._outcome(reports)
         if answer.get("end") == Cause.ERROR.value:
@@ -198,11 +197,6 @@ class Runner:
         path = new_file(self._paths, index, attempt, earlier)
         return Reports(path, self._spec, send, said_before(self._paths, index, earlier))
 
-    def _tidy(self) -> None:
-        """End what the program has left running, however it was detached."""
-        if found := end_descendants(grace_s=_LEFT_GRACE_S):
-            say(f"=== ended what the program left running: {', '.join(found)}")
-
     def _outcome(self, reports: Reports) -> JsonObject:
         """What the trial came to, after its program has left with 0."""
         return reports.outcome()
@@ -213,7 +207,6 @@ class Runner:
         try:
             while not select.select([handle], [], [], _LOOK_S)[0]:
                 reports.look()
-                reap_others(keep={self._process.pid})
         finally:
             os.close(handle)
         self._process.wait()

@@ -45,6 +45,8 @@ class RankRunner(Runner):
         meeting: where rank 0 says how to reach the store.
     """
 
+    _ENDS_REST = False  # it may serve other ranks
+
     def __init__(self, paths: SweepPaths, spec: SweepSpec, channel: Channel, folder: Path, meeting: Path) -> None:
         super().__init__(paths, spec, channel, folder)
         self._meeting = meeting
@@ -66,9 +68,6 @@ class RankRunner(Runner):
         assert self._process is not None
         self._tells({"pid": self._process.pid})
         super()._wait(reports)
-
-    def _tidy(self) -> None:
-        """Nothing yet: it may serve other ranks. It is ended with this worker."""
 
     def _reports(self, message: JsonObject, folder: Path, send: Send) -> Reports:
         if self._rank == 0:

@@ -1,6 +1,6 @@
 """The preloaded parent of warm workers: imports once what every trial needs, then forks.
 
-    python -P -m orchestrator.forkserver --dir SWEEP --fd N
+    python -P -m orchestrator.forkserver --dir SWEEP --fd N --supervisor PID
 
 Importing torch, its optimizers and the job costs seconds; a fork costs milliseconds and shares the memory. Forking is
 safe only while this process has a single thread and no CUDA context, so both are checked after the imports; otherwise
@@ -19,31 +19,29 @@ import argparse
 import contextlib
 import gc
 import os
-import resource
 import select
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from orchestrator import guardian
 from orchestrator.channel import Channel
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
-from orchestrator.processes import (
-    adopt_orphans,
-    children,
-    die_with_parent,
-    end_descendants,
-    live_without_parent,
-    start_time,
-)
+from orchestrator.processes import adopt_orphans, children, end_descendants, has_children, start_time
 from orchestrator.store import JsonObject
 
 __all__ = ["main"]
 
+_CLEAN_UP_S = 2.0
+"""How long it has to end its workers and remove its files once the supervisor is gone, in seconds."""
+_END_S = 3.0
+"""How long guardians have to end workers and what those leave, in seconds; then all is killed."""
 _NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 Serve = Callable[[Channel], None]
@@ -53,12 +51,6 @@ def lead_group(pid: int) -> None:
     """Put a new process, 0 for this one, into a group of its own; called on both sides of a fork, whoever is first."""
     with contextlib.suppress(OSError):
         os.setpgid(pid, 0)
-
-
-def end_group(pid: int) -> None:
-    """Kill whatever is left of the group that `pid` leads."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 def print_to(log: str | None) -> None:
@@ -106,60 +98,74 @@ def forkable() -> bool:
 
 
 class ForkServer:
-    """Forks a worker for each request, reports how it ended, and ends what it left running.
+    """Forks a worker for each request, below a guardian, and reports how it ended.
 
     Args:
         channel: to the supervisor.
         serve: what a worker runs, given its own channel.
+        supervisor: its process id; None for nobody whose end would matter.
     """
 
-    def __init__(self, channel: Channel, serve: Serve) -> None:
+    def __init__(self, channel: Channel, serve: Serve, supervisor: int | None = None) -> None:
         self._channel = channel
         self._serve = serve
+        self._parents = [os.getpid(), *([] if supervisor is None else [supervisor])]
         self._posts: dict[int, tuple[int, int]] = {}
-        self._before = children()  # the program started them when it was imported
+        self._before = set(children())  # the program started them when it was imported
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def run(self) -> None:
         """Serve until the supervisor closes its end, or is killed; then end the workers and all that they started."""
-        live_without_parent()
         try:
             while not self._channel.closed:
-                ready, _, _ = select.select([self._channel.fileno(), self._wake_read], [], [])
-                if self._wake_read in ready:
-                    self._reap()
-                if self._channel.fileno() in ready:
+                self._wait(None)
+                if self._is_asked():
                     messages, fds = self._channel.receive_with_fds()
                     for message, fd in zip(messages, fds, strict=True):
                         self._fork(message, fd)
         finally:
-            for pid in self._posts:
-                end_group(pid)
+            self._end_workers()
             end_descendants()
 
+    def _wait(self, timeout_s: float | None) -> None:
+        """Until the supervisor asks, or a child ends, which is reaped."""
+        channel = [] if self._channel.closed else [self._channel.fileno()]
+        if self._wake_read in select.select([*channel, self._wake_read], [], [], timeout_s)[0]:
+            self._reap()
+
+    def _is_asked(self) -> bool:
+        return bool(select.select([self._channel.fileno()], [], [], 0)[0])
+
+    def _end_workers(self) -> None:
+        """Have every guardian end its worker, and what that has left in order."""
+        for pid in self._posts:
+            os.kill(pid, guardian.END)
+        until = time.monotonic() + _END_S
+        while self._posts and (left_s := until - time.monotonic()) > 0:
+            self._wait(left_s)
+
     def _fork(self, message: JsonObject, fd: int) -> None:
-        post, log, parent = (int(str(message["fork"])), int(str(message["rank"]))), message["log"], os.getpid()
+        post, log = (int(str(message["fork"])), int(str(message["rank"]))), message["log"]
         devices = message.get("devices")
         pid = os.fork()
         if pid == 0:
             if devices is not None:  # CUDA reads it when it is first used, which this process has not done
                 os.environ["CUDA_VISIBLE_DEVICES"] = str(devices)
-            self._become_worker(parent, fd, str(log) if log else None)
+            self._become_worker(fd, str(log) if log else None)
         lead_group(pid)
         os.close(fd)
         self._posts[pid] = post
         self._channel.send({"forked": post[0], "rank": post[1], "pid": pid})
 
-    def _become_worker(self, parent: int, fd: int, log: str | None) -> None:
+    def _become_worker(self, fd: int, log: str | None) -> None:
         status = 1
         try:
+            signal.set_wakeup_fd(-1)
             lead_group(0)
             print_to(log)
-            die_with_parent(parent)
-            adopt_orphans()
-            signal.set_wakeup_fd(-1)
+            guardian.stand_guard(self._parents)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._channel.close()
             self._serve(Channel.from_fd(fd))
@@ -175,59 +181,18 @@ class ForkServer:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_read, 4096):
                 pass
-        while self._posts and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+        while has_children() and (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
             pid = ended.si_pid
-            post = self._posts.pop(pid, None)
-            if post is not None:
-                # Before its number is free for others: what it started and left behind, such as data loaders.
-                end_group(pid)
             since = start_time(pid)
             _, status = os.waitpid(pid, 0)
-            if post is None:  # an orphan, or the program started it when it was imported
+            self._before.discard(pid)
+            post = self._posts.pop(pid, None)
+            if post is None:  # the program started it when it was imported
                 continue
-            # Its orphans are ours now. They are no older than it; those of workers that live are still theirs.
-            end_descendants(keep={*self._posts, *self._before}, since=since)
+            if os.WIFSIGNALED(status):
+                # A guardian that was killed has ended nothing: what it left is ours now, and no older than it was.
+                end_descendants(keep={*self._posts, *self._before}, since=since)
             self._channel.send({"exited": post[0], "rank": post[1], "status": status})
-
-
-def _stay_as_guardian(fd: int, folder: Path | None) -> None:
-    """Fork; the child goes on as the worker, this process stays to end all that it started if the supervisor dies.
-
-    A worker that is killed along with its supervisor could not. The two lead one group: this process its head, so that
-    its number and its end are the worker's to the supervisor.
-    """
-    supervisor, guardian = os.pidfd_open(os.getppid()), os.getpid()
-    worker = os.fork()
-    if worker == 0:
-        os.close(supervisor)
-        die_with_parent(guardian)
-        return
-    os.close(fd)
-    adopt_orphans()
-    signal.signal(signal.SIGUSR1, lambda number, _: os.kill(worker, number))
-    live_without_parent()
-    handle = os.pidfd_open(worker)
-    ready, _, _ = select.select([supervisor, handle], [], [])
-    if supervisor in ready:
-        end_descendants()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        os.killpg(0, signal.SIGKILL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # once its status is taken, its number may be another one's
-    status = os.waitpid(worker, 0)[1]
-    end_descendants()
-    _end_as(status)
-
-
-def _end_as(status: int) -> NoReturn:
-    """End with the wait status of another process."""
-    if os.WIFSIGNALED(status):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        number = os.WTERMSIG(status)
-        with contextlib.suppress(OSError):  # KILL has no handler
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
 def _leave() -> NoReturn:
@@ -248,12 +213,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="serve here instead of forking")
     parser.add_argument("--log", help="where a fresh worker prints")
     parser.add_argument("--folder", type=Path, help="where ranks meet; removed once the supervisor is gone")
+    parser.add_argument("--supervisor", type=int, required=True, help="its process id")
     options = parser.parse_args(arguments)
-    die_with_parent(os.getppid())
     print_to(options.log)
-    if options.fresh:
-        _stay_as_guardian(options.fd, options.folder)
-    adopt_orphans()
+    patience_s = 0.0 if options.fresh else _CLEAN_UP_S
+    guardian.stand_guard([options.supervisor], patience_s=patience_s, folder=str(options.folder or ""))
+    if not options.fresh:
+        adopt_orphans()
     channel = Channel.from_fd(options.fd)
     at_end = contextlib.ExitStack()
     gc.disable()  # hardly anything that is imported becomes garbage, and looking for it takes a tenth of the time
@@ -275,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     channel.send({"ready": True, "fork": can_fork})
     with at_end:
         if can_fork:
-            ForkServer(channel, serve).run()
+            ForkServer(channel, serve, options.supervisor).run()
     _leave()
 
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.procfs import boot_id
 from orchestrator.store import Json, JsonObject
 
-__all__ = ["ProcessStat", "SlurmPlace", "boot_id", "describe", "process_stat"]
+__all__ = ["SlurmPlace", "describe"]
 
 _LEVELS = (("avx512f", "AVX512"), ("avx2", "AVX2"))
 
@@ -43,49 +44,6 @@ class SlurmPlace:
             task=int(task) if in_array and task else None,
             restarts=int(environment.get("SLURM_RESTART_COUNT") or 0),
         )
-
-
-def boot_id() -> str:
-    """The kernel's id of this boot of the machine; empty where there is none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessStat:
-    """A process of this machine, as it was when somebody looked; its fields are those of proc(5).
-
-    Args:
-        pid: its number.
-        parent: the number of its parent.
-        start: when it started, in clock ticks since the boot.
-        state: one letter.
-        num_threads: how many of its threads have not been taken down.
-    """
-
-    pid: int
-    parent: int
-    start: int
-    state: str
-    num_threads: int
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether only its exit status is left. With its main thread gone and others at work it has not ended."""
-        return self.state in ("Z", "X", "x") and self.num_threads <= 1
-
-
-def process_stat(pid: int) -> ProcessStat | None:
-    """Look at a process of this machine; None when there is none of that number."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        return None
-    # The name before them stands in parentheses and may itself hold any character.
-    fields = text.rpartition(")")[2].split()
-    return ProcessStat(pid, int(fields[1]), int(fields[19]), fields[0], int(fields[17]))
 
 
 def _cpu_level() -> str:

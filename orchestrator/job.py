@@ -23,13 +23,14 @@ from importlib.machinery import ModuleSpec as Spec
 from pathlib import Path
 from types import ModuleType
 
+from orchestrator import guardian
 from orchestrator.code import Lineage
 from orchestrator.errors import ProgramError
-from orchestrator.processes import adopt_orphans, end_descendants
 
 __all__ = ["Job", "check", "load_job", "preload"]
 
 _SHOWN_LINES = 20
+_END_S = 5.0
 _OURS = "orchestrator"
 
 
@@ -140,16 +141,31 @@ def check(code: Path, program: str, *, timeout_s: float) -> None:
         ProgramError: it can't be imported, or not in time; the text ends with its own error.
     """
     argv = [sys.executable, "-P", "-m", "orchestrator.job", "--code", str(code), "--program", program]
-    try:
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        raise ProgramError(
-            f"{program}: importing it took longer than {timeout_s:.0f} s; move slow work out of the module's top "
-            "level, or raise launch.import_timeout_s"
-        ) from None
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()[-_SHOWN_LINES:]
+    argv += ["--parent", str(os.getpid())]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout_s)
+        except BaseException as error:
+            _end(process)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise ProgramError(
+                f"{program}: importing it took longer than {timeout_s:.0f} s; move slow work out of the module's top "
+                "level, or raise launch.import_timeout_s"
+            ) from None
+    if process.returncode:
+        said = (errors or out).strip().splitlines()[-_SHOWN_LINES:]
         raise ProgramError(f"{program}: it can't be imported:\n" + "\n".join(f"    {line}" for line in said))
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a check, and all that the program has started."""
+    process.send_signal(guardian.END)
+    try:
+        process.communicate(timeout=_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _own_frames(error: BaseException) -> list[str]:
@@ -168,7 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="orchestrator.job")
     parser.add_argument("--code", type=Path, required=True)
     parser.add_argument("--program", required=True)
+    parser.add_argument("--parent", type=int, required=True, help="who waits for it")
     options = parser.parse_args(arguments)
+    guardian.stand_guard([options.parent])  # which ends what the program starts: it is of no use here
     try:
         load_job(options.code, options.program)
     except BaseException as error:
@@ -179,9 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     gc.disable()  # hardly anything that is imported becomes garbage
-    adopt_orphans()
     _code = main()
-    end_descendants()  # what the program starts when it is imported is of no use here
     sys.stdout.flush()
     sys.stderr.flush()
     # Whoever submits waits for this: taking torch apart in good order would add to it.

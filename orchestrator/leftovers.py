@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from orchestrator import ledger
-from orchestrator.identity import boot_id
+from orchestrator.procfs import boot_id
 
 if TYPE_CHECKING:
     from orchestrator.paths import SweepPaths
@@ -39,9 +39,10 @@ def end(paths: SweepPaths, say: Callable[[str], None]) -> bool:
         from orchestrator import scratch
 
         scratch.clear()
-        say(f"{paths.id}: ended what a killed supervisor had left running: {', '.join(ended)}")
-    if remaining:
-        say(f"{paths.id}: still running, although killed: {', '.join(remaining)}")
+    for what in ended:
+        say(f"{paths.id}: ended what a killed supervisor had left running: {what}")
+    for what in remaining:
+        say(f"{paths.id}: still running, although killed: {what}")
     return not remaining
 
 

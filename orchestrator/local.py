@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from orchestrator.errors import OrcError
-from orchestrator.identity import boot_id, process_stat
+from orchestrator.procfs import boot_id, process_stat
 
 if TYPE_CHECKING:
     from orchestrator.store import JsonObject

@@ -30,21 +30,21 @@ def pieces(logs: Path, trial: str) -> Iterator[tuple[int, Path, bytes]]:
 
 
 def _in_file(path: Path, trial: bytes) -> Iterator[tuple[int, Path, bytes]]:
+    """From an attempt's first mark to its last: after the closing one stand those of what it had left running."""
     lines: list[bytes] = []
-    attempt = -1
+    attempt, is_closed = -1, False
     with path.open("rb") as file:
         for line in _lines(file):
             mark = MARK.match(line)
-            if mark and attempt >= 0 and (mark[1] != trial or int(mark[2]) != attempt):
+            is_of_it = mark is not None and mark[1] == trial and int(mark[2]) == attempt
+            if attempt >= 0 and not is_of_it and (is_closed or mark):
                 yield attempt, path, b"".join(lines)
                 lines, attempt = [], -1
             if mark and mark[1] == trial and attempt < 0:
                 attempt = int(mark[2])
             if attempt >= 0:
                 lines.append(line)
-            if mark and attempt >= 0 and len(lines) > 1:
-                yield attempt, path, b"".join(lines)
-                lines, attempt = [], -1
+            is_closed = is_of_it
     if attempt >= 0:
         yield attempt, path, b"".join(lines)
 

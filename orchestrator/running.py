@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator import ledger, leftovers, local, reducer, show, submit
+from orchestrator import ledger, leftovers, local, processes, reducer, show, submit
 from orchestrator.errors import FolderError, OrcError, Preempted, ProgramError, SlurmUnreachable, UsageError
 from orchestrator.paths import SweepPaths
 from orchestrator.plan import PlanFile
@@ -208,8 +209,11 @@ def hand_over(taken: Intake, runs: Path, *, on: ledger.On, workers: int | None) 
 
     Raises:
         ProgramError: the program can't be imported.
+        UsageError: this is a trial that would submit to its own machine.
         FolderError, SbatchRejected, SlurmUnreachable: as for submitting.
     """
+    if on == "local":
+        _check_outside_of_trials()
     is_new = not (runs / taken.plan.id).exists()
     _warn_of_other_code(taken, runs, is_new=is_new)
     if is_new:
@@ -224,6 +228,20 @@ def hand_over(taken: Intake, runs: Path, *, on: ledger.On, workers: int | None) 
             shutil.rmtree(paths.root)
         raise
     return Sweep(paths), receipt
+
+
+def _check_outside_of_trials() -> None:
+    """Return unless this process is a trial's: what that leaves on its machine ends with it.
+
+    Raises:
+        UsageError: it is; says what to do instead.
+    """
+    supervisor = processes.supervisor_of(os.environ)
+    if supervisor is not None:
+        raise UsageError(
+            f"this is a trial, of the supervisor with process id {supervisor}, and what it leaves on this machine ends "
+            "with it: `orc run` waits for the other sweep, and with --on slurm it is a job of its own"
+        )
 
 
 def follow(
@@ -280,7 +298,8 @@ def resume(
         force: although something of it is alive, or may be.
 
     Raises:
-        UsageError: a setting that could change results, or none of sbatch's.
+        UsageError: a setting that could change results, or none of sbatch's; a trial that would submit to its own
+            machine.
         SlurmUnreachable, SbatchRejected: as for submitting.
     """
     missing = sweep.fold.num_missing + (sweep.fold.count(Status.FAILED) if failed else 0)
@@ -288,6 +307,9 @@ def resume(
     if not missing:
         _reduce(sweep)
         return None
+    before = ledger.current(sweep.paths)
+    if (on or (before.on if before else "slurm")) == "local":
+        _check_outside_of_trials()
     receipt = _resubmit(
         sweep,
         missing=missing,

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from orchestrator.identity import boot_id, process_stat
+from orchestrator.procfs import boot_id, pid_namespace, process_stat
 
 __all__ = ["clear", "make"]
 
@@ -76,9 +76,5 @@ def _is_alive(pid: int) -> bool:
 
 def _here() -> tuple[str, str] | None:
     """What names a process together with its number; None where the system doesn't tell."""
-    try:
-        namespace = "".join(filter(str.isdigit, str(Path("/proc/self/ns/pid").readlink())))
-    except OSError:
-        return None
-    boot = boot_id()[:8]
+    boot, namespace = boot_id()[:8], pid_namespace()
     return (boot, namespace) if boot and namespace else None

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from orchestrator import processes
 from orchestrator.errors import OrcError, SbatchRejected, SlurmUnreachable
 
 __all__ = [
@@ -162,7 +163,7 @@ def outside() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if name in _KEPT or not (name.startswith(_FOREIGN) or name in _RANKS)
+        if name in _KEPT or not (name.startswith(_FOREIGN) or name in _RANKS or name == processes.MARK)
     }
 
 

@@ -13,9 +13,8 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 
-from orchestrator.identity import boot_id, process_stat
+from orchestrator.procfs import boot_id, pid_namespace, process_stat
 from orchestrator.store import JsonObject
 
 __all__ = ["Member", "Vital", "Watch"]
@@ -95,10 +94,7 @@ class Member:
 
 
 def _space() -> str:
-    try:
-        return f"{boot_id()}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return f"{boot_id()}/{os.uname().nodename}"
+    return f"{boot_id()}/{pid_namespace() or os.uname().nodename}"
 
 
 class Watch:

@@ -20,8 +20,8 @@ NUM = 20
 
 
 def say_and_leave(channel: Channel) -> None:
-    """What each worker does: it says its process id, and waits until it may go."""
-    channel.send({"pid": os.getpid()})
+    """What each worker does: it says who its guardian is, and waits until it may go."""
+    channel.send({"pid": os.getppid()})
     for _ in channel.receive():
         pass
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "orchestrator"
 HOUSE = [
     "errors wording signals",  # the tree of errors; texts; signals as data
     "paths store trust",  # every file name; durable files; other users
-    "yaml12 space spec identity processes seat devices vitals exact scratch",  # a sweep file's words; who a process is
+    "yaml12 space spec procfs identity processes guardian seat devices vitals exact scratch",  # words; processes
     "sweepfile signatures plan render sketch ranking tree",  # pure: file text, plan, script text
     "reading limbs cells samples summary algebra wire metrics",  # pure: the monoid, and those made of it
     "records claims fold objective models effects curves resumption",  # outcomes, join, merge; what is kept

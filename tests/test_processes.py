@@ -26,22 +26,22 @@ hidden = subprocess.Popen(["sh", "-c", "setsid sh -c 'trap \\"\\" TERM; sleep 60
 since = start_time(hidden.pid)
 hidden.wait()
 named = end_descendants(keep={kept.pid}, since=since, grace_s=0.1)
-print(len(named), sorted(children()) == sorted([kept.pid, old.pid]), [kept.poll(), old.poll()])
+print(len(named.gone), named.remaining, sorted(children()) == sorted([kept.pid, old.pid]), [kept.poll(), old.poll()])
 kept.kill(), old.kill()
 """
 
 
 def test_everything_below_is_ended_but_what_is_kept_or_older() -> None:
     done = subprocess.run([sys.executable, "-c", HIDES], capture_output=True, text=True, timeout=60)
-    assert (done.stdout.strip(), done.stderr) == ("3 True [None, None]", "")  # a shell and its two sleeps
+    assert (done.stdout.strip(), done.stderr) == ("3 [] True [None, None]", "")  # a shell and its two sleeps
 
 
 def test_without_children_there_is_nothing_to_end() -> None:
     program = (
-        "from orchestrator.processes import end_descendants, has_children; print(has_children(), end_descendants())"
+        "from orchestrator.processes import end_descendants, has_children; print(has_children(), *end_descendants())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "False []"
+    assert done.stdout.strip() == "False [] []"
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_what_the_program_starts_when_it_is_imported_outlives_a_worker_but_not_t
 HEADLESS = """
 import ctypes, os, threading, time
 from orchestrator import processes
-from orchestrator.identity import process_stat
+from orchestrator.procfs import process_stat
 processes.adopt_orphans()
 pid = os.fork()
 if pid == 0:
@@ -143,7 +143,7 @@ if pid == 0:
     ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)  # exit(2) of this thread alone
 while process_stat(pid).state != "Z":
     time.sleep(0.01)
-print(process_stat(pid).has_ended, len(processes.end_descendants()), process_stat(pid))
+print(process_stat(pid).has_ended, len(processes.end_descendants().gone), process_stat(pid))
 """
 
 

@@ -82,8 +82,9 @@ def test_the_batch_script_names_its_folder_in_the_same_way(tmp: Path) -> None:
 
 
 def test_a_worker_leaves_nothing_when_what_forks_for_it_is_killed_and_clears_up_after_others(tmp: Path) -> None:
-    # The program's parent is the worker's fork, and that one's parent what forks.
-    paths = sweeps.make(tmp / "runs", 'kill -9 $(cut -d" " -f4 /proc/$PPID/stat); sleep 300', trials=1)
+    # The program's parent is the worker, that one's its guardian, and the guardian's what forks.
+    above = 'above() { cut -d" " -f4 "/proc/$1/stat"; }; '
+    paths = sweeps.make(tmp / "runs", above + "kill -9 $(above $(above $PPID)); sleep 300", trials=1)
     left = of_a_dead_process()
     code, said = sweeps.run(paths)
     assert code == 1

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.errors import OrcError, UsageError
-from orchestrator.identity import boot_id
 from orchestrator.lab.ask import ask, job_ids
 from orchestrator.lab.config import MARK, LabFiles
 from orchestrator.lab.facts import LabFacts
 from orchestrator.lab.process import Process, poll, processes_with, processes_writing
 from orchestrator.lab.start import short_host
+from orchestrator.procfs import boot_id
 
 __all__ = ["clear"]
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.identity import boot_id, process_stat
+from orchestrator.procfs import boot_id, process_stat
 
 __all__ = ["Process", "poll", "processes_with", "processes_writing", "spawn"]
 

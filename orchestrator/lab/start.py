@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 
 from orchestrator.errors import OrcError
-from orchestrator.identity import boot_id
 from orchestrator.lab.ask import environment
 from orchestrator.lab.config import MARK, LabFiles, LabPlan, database_sql, slurm_conf, slurmdbd_conf
 from orchestrator.lab.daemons import daemon_argv, daemon_names, is_ready
@@ -20,6 +19,7 @@ from orchestrator.lab.options import LabOptions
 from orchestrator.lab.ports import free_ports
 from orchestrator.lab.process import Process, poll, spawn
 from orchestrator.lab.programs import find_program, slurm_version
+from orchestrator.procfs import boot_id
 from orchestrator.store import write
 
 __all__ = ["short_host", "start", "start_daemon"]

@@ -31,7 +31,7 @@ from invariants import Memory, counting
 from on_lab import Slurm
 from on_lab_sweeps import Bench
 
-from orchestrator.identity import process_stat
+from orchestrator.procfs import process_stat
 
 __all__ = ["Fault", "Storm", "Target", "as_told", "draw"]
 
@@ -80,8 +80,9 @@ class Found:
         return False
 
 
-ROLES = ("launcher", "supervisor", "parent", "worker", "program", "reducer")
-"""The batch script and srun; what they start; what imports the program and forks; its forks, ranks; their programs."""
+ROLES = ("launcher", "supervisor", "guardian", "parent", "worker", "program", "reducer")
+"""The batch script and srun; what they start; what stands above the next two; what imports the program and forks; its
+forks, ranks; their programs."""
 
 
 def _process(entry: Path, jobs: tuple[str, ...], conf: str) -> Found | None:
@@ -109,8 +110,12 @@ def _role(words: list[str], parent: int) -> str:
         return "launcher"
     if "orchestrator.supervisor" in words:
         return "supervisor"
+    if any("orchestrator.guardian" in word for word in words):
+        return "guardian"
     if "orchestrator.forkserver" in words:
-        return "worker" if "--fresh" in words or b"orchestrator.forkserver" in _command_line(parent) else "parent"
+        stat = process_stat(parent)
+        above = _command_line(stat.parent) if stat else b""
+        return "worker" if "--fresh" in words or b"orchestrator.forkserver" in above else "parent"
     if {"orchestrator.reducer", "orchestrator.ranks"} & {*words}:
         return "reducer"
     return "program"
