@@ -155,9 +155,12 @@ class _Guardian:
 
     def _end_all(self) -> NoReturn:
         end_descendants()
-        if self._folder:
-            import shutil
+        import shutil  # here, since a guardian as a rule needs neither
 
+        from orchestrator import scratch
+
+        scratch.clear()  # what those who were killed would have removed
+        if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(1)
 

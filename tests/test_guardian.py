@@ -21,6 +21,12 @@ guardian.stand_guard([int(sys.argv[1])], folder=sys.argv[2])
 {does}
 """
 
+MAKES = """
+from orchestrator import scratch
+print(scratch.make(), flush=True)
+time.sleep(60)
+"""
+
 WAITS = """
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(7))
 print("up", os.getpid(), flush=True)
@@ -96,6 +102,20 @@ time.sleep(60)
         parent.kill()
         until(lambda: not Path(f"/proc/{below}").exists(), lambda: "it is left")
         until(lambda: not folder.exists(), lambda: "its folder is left")
+
+
+def test_the_temporary_folder_of_one_that_is_killed_goes(tmp_path: Path) -> None:
+    program = f"""
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", {WARD.format(does=MAKES)!r}, str(os.getpid()), ""])
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        made = Path(parent.stdout.readline().strip())
+        assert made.is_dir()
+        parent.kill()
+        until(lambda: not made.exists(), lambda: "it is left")
 
 
 def test_nobody_stays_below_a_parent_that_has_gone_before(tmp_path: Path) -> None:
