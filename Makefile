@@ -14,7 +14,8 @@ STAMP := .venv/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/pytest -n 8 --dist worksteal
 # What is shown by examples drawn at random: a hundred of each in a test run, a thousand in a long one.
-LAWS := $(addprefix tests/test_,summary.py samples.py algebra.py reduction.py wire.py fold.py fold_cache.py)
+LAWS := $(addprefix tests/,stats/test_summary.py stats/test_batch.py stats/test_containers.py stats/test_wire.py \
+  results/test_reduction.py results/test_fold.py results/test_fold_cache.py)
 SLURM_PROGRAMS := sbatch srun slurmctld slurmd munged slurmdbd mariadbd my_print_defaults shellcheck
 # The last two are for accounting (sacct); none of these packages starts a service without a configuration.
 SLURM_PACKAGES := slurm-wlm munge shellcheck slurmdbd mariadb-server-core mariadb-client
@@ -31,7 +32,7 @@ check: environment
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slurm and not soak" --ignore tests/slurm
+	$(PYTEST) -m "not slurm and not soak" --ignore tests/on_slurm
 
 soak: environment slurm
 	ORC_SOAK=1 $(BIN)/pytest -n 2 $(LAWS)

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import orjson
 
-from orchestrator import fold as folding
-from orchestrator import records
-from orchestrator.fold import Fold
-from orchestrator.paths import SweepPaths
-from orchestrator.plan import SweepPlan, write_plan
-from orchestrator.records import Status
-from orchestrator.spec import Metric, SweepSpec
-from orchestrator.store import checked
+from orchestrator.config.plan import SweepPlan, write_plan
+from orchestrator.config.spec import Metric, SweepSpec
+from orchestrator.core.atomic import checked
+from orchestrator.core.paths import SweepPaths
+from orchestrator.results import fold as folding
+from orchestrator.results import records
+from orchestrator.results.fold import Fold
+from orchestrator.results.records import Status
 
 NUM_FILES = 16
 NUM_BLOCKS = 100

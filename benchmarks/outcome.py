@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator import records
-from orchestrator.paths import SweepPaths
-from orchestrator.records import RecordWriter, Status
-from orchestrator.store import JsonObject
+from orchestrator.core.atomic import JsonObject
+from orchestrator.core.paths import SweepPaths
+from orchestrator.results import records
+from orchestrator.results.records import RecordWriter, Status
 
 BLOCK = 10
 PAYLOAD: JsonObject = {"value": 0.0769163, "metrics": {"val_loss": 0.0769163, "val_accuracy": 0.988889}, "model": None}

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.job import Job, load_job
-from orchestrator.pack import Member, PackedTrial
-from orchestrator.spec import Metric
-from orchestrator.store import JsonObject
-from orchestrator.trial import Trial
+from orchestrator.config.program import Job, load_job
+from orchestrator.config.spec import Metric
+from orchestrator.core.atomic import JsonObject
+from orchestrator.training.packing.pack import Member, PackedTrial
+from orchestrator.training.trial import Trial
 
 JOBS = Path(__file__).parent.parent / "jobs"
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Jobs that are displaced once, beside submitit's own checkpointing; and trials that are killed once, without notice.
 
-    python benchmarks/preempt.py                    on a private Slurm of this machine (orchestrator.lab): about an hour
+    python benchmarks/preempt.py                    on a private Slurm of this machine (`orc lab`): about an hour
     python benchmarks/preempt.py --trials 4 --seconds 20 --hold released
     python benchmarks/preempt.py --killed           on this machine: SIGKILL to each worker once, at a random moment
 
@@ -30,8 +30,8 @@ from pathlib import Path
 
 import yaml
 
-from orchestrator import slurm
-from orchestrator.lab import Lab, LabOptions
+from orchestrator.slurm import commands
+from orchestrator.slurm.lab import Lab, LabOptions
 
 PEERS = Path(__file__).parent / "peers"
 ORC = str(Path(sys.executable).with_name("orc"))
@@ -220,12 +220,12 @@ class Run:
 
     def look(self, passed_s: float) -> None:
         """See in the queue who waits in Slurm's hold."""
-        rows = [row for row in slurm.queue() if row.is_live and row.partition == "low"]
+        rows = [row for row in commands.queue() if row.is_live and row.partition == "low"]
         held = {row.job_id for row in rows if (row.state, row.reason) == ("PENDING", "BeginTime")}
         self.total_hold_s += passed_s * len(held & self.held)
         self.held, self.is_alive = held, bool(rows)
         for job in sorted(held) if self.releases else ():
-            slurm.start_now(job)
+            commands.start_now(job)
 
     def displace(self, folder: Path) -> None:
         """Take the node away for a second, once everybody has made half of the steps."""

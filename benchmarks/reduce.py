@@ -25,12 +25,12 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F  # noqa: N812  # as everyone names it
 
-from orchestrator import wire
-from orchestrator.data import dealt
-from orchestrator.dist import Group
-from orchestrator.spec import Metric
-from orchestrator.summary import Summary
-from orchestrator.trial import Trial
+from orchestrator.config.spec import Metric
+from orchestrator.distributed.control_group import Group
+from orchestrator.stats import wire
+from orchestrator.stats.summary import Summary
+from orchestrator.training.data.dataset import dealt
+from orchestrator.training.trial import Trial
 
 CALLS = 30
 SAMPLES = 360

@@ -25,15 +25,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.nn.parallel import DistributedDataParallel
 
-from orchestrator import job
-from orchestrator.augment import crop_and_flip
-from orchestrator.checkpoint import Checkpoints, Identity
-from orchestrator.concord import Concord
-from orchestrator.examples import folder as jobs
-from orchestrator.keeper import Keeper
-from orchestrator.meeting import Invitation, Party, met
-from orchestrator.spec import Checkpoint, Metric
-from orchestrator.trial import Trial
+from orchestrator.cli.init import folder as jobs
+from orchestrator.config import program
+from orchestrator.config.spec import Checkpoint, Metric
+from orchestrator.distributed.rendezvous import Invitation, Party, met
+from orchestrator.training.augment import crop_and_flip
+from orchestrator.training.checkpoint.concord import Concord
+from orchestrator.training.checkpoint.files import Checkpoints, Identity
+from orchestrator.training.checkpoint.manager import Keeper
+from orchestrator.training.trial import Trial
 
 OURS, PLAIN = "jobs/cifar_resnet.py", "plain torch"
 BATCH = 128
@@ -41,7 +41,7 @@ NUM = 20 * BATCH
 ITERATIONS = 64_000
 WRITER = "0123456789abcdef" * 2
 
-resnet = job.load_job(jobs(), "cifar_resnet.py").module
+resnet = program.load_job(jobs(), "cifar_resnet.py").module
 
 
 def images() -> object:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from orchestrator.summary import Summary
+from orchestrator.stats.summary import Summary
 
 FEW = 360
 MANY = 1_000_000

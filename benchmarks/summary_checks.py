@@ -22,11 +22,12 @@ from typing import TypeAlias
 import naive_summary
 from naive_summary import Line
 
-from orchestrator import records, store
-from orchestrator.fold import Fold
-from orchestrator.paths import SweepPaths
-from orchestrator.records import Status
-from orchestrator.summary import Summary
+from orchestrator.core import atomic
+from orchestrator.core.paths import SweepPaths
+from orchestrator.results import records
+from orchestrator.results.fold import Fold
+from orchestrator.results.records import Status
+from orchestrator.stats.summary import Summary
 
 __all__ = ["Answer", "Check", "checks", "rows", "table"]
 
@@ -76,7 +77,7 @@ def of_summary(found: Summary) -> Answer:
     numbers = found.compute()
     assert numbers.mean is not None
     assert numbers.std is not None
-    image = store.canonical(found.to_json())
+    image = atomic.canonical(found.to_json())
     return Answer(numbers.count, numbers.failed, numbers.mean, numbers.std, numbers.min_key, image)
 
 
@@ -117,9 +118,9 @@ def on_ranks(name: str, losses: Sequence[float]) -> Check:
 # A sweep with several writers
 
 
-def outcome(line: Line) -> store.JsonObject:
+def outcome(line: Line) -> atomic.JsonObject:
     """A line as a record: what was measured decides its status."""
-    payload: store.JsonObject = {"value": line.value}
+    payload: atomic.JsonObject = {"value": line.value}
     status = Status.COMPLETE
     if line.value is None or not math.isfinite(line.value):
         status, payload = (Status.FAILED, {"error": "killed"}) if line.value is None else (Status.DIVERGED, {})
@@ -134,8 +135,8 @@ def ours_from_files(files: Files) -> Summary:
         paths.records.mkdir()
         for place, lines in enumerate(files):
             writer = f"{place:032x}"
-            head: store.JsonObject = {"kind": "writer", "writer": writer, "host": "here"}
-            paths.record(writer).write_bytes(b"".join(map(store.checked, [head, *map(outcome, lines)])))
+            head: atomic.JsonObject = {"kind": "writer", "writer": writer, "host": "here"}
+            paths.record(writer).write_bytes(b"".join(map(atomic.checked, [head, *map(outcome, lines)])))
         fold = Fold(paths, num_trials)
         fold.update()
         return fold.summary(top=10)
@@ -192,10 +193,10 @@ def disagreeing(files: Files, trials: dict[int, float]) -> tuple[Files, dict[int
     return [*files[:3], [*files[3], Line(0, other)]], trials | {0: kept}
 
 
-def _sha256(payload: store.JsonObject) -> bytes:
+def _sha256(payload: atomic.JsonObject) -> bytes:
     from hashlib import sha256
 
-    return sha256(store.canonical(payload)).digest()
+    return sha256(atomic.canonical(payload)).digest()
 
 
 # The table

@@ -1,7 +1,7 @@
 """A whole sweep beside the alternatives: 200 trials of the same digits training, whole commands, interleaved runs.
 
     python benchmarks/sweep.py                    on this machine, two processes each; ours with packs, too
-    python benchmarks/sweep.py --where lab        on a private Slurm of this machine (orchestrator.lab), two jobs each
+    python benchmarks/sweep.py --where lab        on a private Slurm of this machine (`orc lab`), two jobs each
 
 Every run starts a new process in a new, empty folder; its wall time ends when the command does. CPU time is that of the
 command and all it left behind, also of processes that detached themselves; what Slurm's daemons start is not theirs and
@@ -169,7 +169,7 @@ def table(commands: Sequence[Command], found: Mapping[str, Times], *, with_cpu: 
 @contextmanager
 def lab_environment(folder: Path) -> Iterator[Mapping[str, str]]:
     """A private Slurm for as long as it is needed: two nodes of one processor, so that two tasks run at a time."""
-    from orchestrator.lab import Lab, LabOptions
+    from orchestrator.slurm.lab import Lab, LabOptions
 
     lab = Lab(folder / "lab")
     lab.up(LabOptions(nodes=2, cpus=1))

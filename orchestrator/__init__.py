@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from orchestrator import augment, losses, metrics
-    from orchestrator.algebra import SummaryMap, SummaryPair, TopN
-    from orchestrator.attempt import Attempt, current
-    from orchestrator.diagnostics import activation_norms, gradient_norms
     from orchestrator.errors import DataError
-    from orchestrator.hessian import curvature
-    from orchestrator.readers import (
+    from orchestrator.stats.containers import SummaryMap, SummaryPair, TopN
+    from orchestrator.stats.summary import Summary
+    from orchestrator.sweep import Sweep
+    from orchestrator.training import augment, losses, metrics
+    from orchestrator.training.datasets import (
         read_cifar10,
         read_cifar100,
         read_idx,
@@ -37,30 +36,31 @@ if TYPE_CHECKING:
         read_npz,
         read_safetensors,
     )
-    from orchestrator.summary import Summary
-    from orchestrator.sweep import Sweep
-    from orchestrator.trial import State, Trial
+    from orchestrator.training.diagnostics.diagnostics import activation_norms, gradient_norms
+    from orchestrator.training.diagnostics.hessian import curvature
+    from orchestrator.training.trial import State, Trial
+    from orchestrator.worker.current import Attempt, current
 
 _HOMES = {
-    "Attempt": "orchestrator.attempt",
+    "Attempt": "orchestrator.worker.current",
     "DataError": "orchestrator.errors",
-    "State": "orchestrator.trial",
-    "Summary": "orchestrator.summary",
-    "SummaryMap": "orchestrator.algebra",
-    "SummaryPair": "orchestrator.algebra",
+    "State": "orchestrator.training.trial",
+    "Summary": "orchestrator.stats.summary",
+    "SummaryMap": "orchestrator.stats.containers",
+    "SummaryPair": "orchestrator.stats.containers",
     "Sweep": "orchestrator.sweep",
-    "TopN": "orchestrator.algebra",
-    "Trial": "orchestrator.trial",
-    "current": "orchestrator.attempt",
-    "activation_norms": "orchestrator.diagnostics",
-    "curvature": "orchestrator.hessian",
-    "gradient_norms": "orchestrator.diagnostics",
-    "read_cifar10": "orchestrator.readers",
-    "read_cifar100": "orchestrator.readers",
-    "read_idx": "orchestrator.readers",
-    "read_mnist": "orchestrator.readers",
-    "read_npz": "orchestrator.readers",
-    "read_safetensors": "orchestrator.readers",
+    "TopN": "orchestrator.stats.containers",
+    "Trial": "orchestrator.training.trial",
+    "current": "orchestrator.worker.current",
+    "activation_norms": "orchestrator.training.diagnostics.diagnostics",
+    "curvature": "orchestrator.training.diagnostics.hessian",
+    "gradient_norms": "orchestrator.training.diagnostics.diagnostics",
+    "read_cifar10": "orchestrator.training.datasets",
+    "read_cifar100": "orchestrator.training.datasets",
+    "read_idx": "orchestrator.training.datasets",
+    "read_mnist": "orchestrator.training.datasets",
+    "read_npz": "orchestrator.training.datasets",
+    "read_safetensors": "orchestrator.training.datasets",
 }
 _MODULES = {"augment", "losses", "metrics"}
 
@@ -93,7 +93,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name in _MODULES:
-        return importlib.import_module(f"orchestrator.{name}")
+        return importlib.import_module(f"orchestrator.training.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -20,23 +20,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from orchestrator import models, trust
+from orchestrator.config.plan import PlanFile, Trial
+from orchestrator.core import permissions
+from orchestrator.core.atomic import Json, JsonObject
+from orchestrator.core.paths import SweepPaths
 from orchestrator.errors import FolderError, NothingMatched
-from orchestrator.fold import Fold
-from orchestrator.paths import SweepPaths
-from orchestrator.plan import PlanFile, Trial
-from orchestrator.records import Status
-from orchestrator.store import Json, JsonObject
+from orchestrator.results import top_models
+from orchestrator.results.fold import Fold
+from orchestrator.results.records import Status
 
 if TYPE_CHECKING:
     import pandas
 
-    from orchestrator.curves import Curve
-    from orchestrator.effects import Effect
-    from orchestrator.resumption import Account
-    from orchestrator.submit import Live
-    from orchestrator.summary import Statistics
-    from orchestrator.trial import State
+    from orchestrator.results.curves import Curve
+    from orchestrator.results.effects import Effect
+    from orchestrator.results.resumption import Account
+    from orchestrator.slurm.submit import Live
+    from orchestrator.stats.summary import Statistics
+    from orchestrator.training.trial import State
 
 __all__ = ["Best", "Job", "Standing", "Sweep", "default_runs", "find", "ids"]
 
@@ -186,7 +187,7 @@ class Sweep:
 
     def best(self, top: int = 1) -> list[Best]:
         """The `top` best complete trials, best first; fewer if there are fewer."""
-        return [self._best(index) for index in models.best(self.fold, self.plan.spec.metric, top)]
+        return [self._best(index) for index in top_models.best(self.fold, self.plan.spec.metric, top)]
 
     def _best(self, index: int) -> Best:
         trial = self.plan.trial(index)
@@ -223,7 +224,7 @@ class Sweep:
         Raises:
             UsageError: no such parameter.
         """
-        from orchestrator import reducer
+        from orchestrator.results import reducer
 
         if by is None:
             return reducer.summary_json(self.plan, self.fold)
@@ -243,7 +244,7 @@ class Sweep:
         Raises:
             UsageError: no such parameter.
         """
-        from orchestrator import effects
+        from orchestrator.results import effects
 
         spec, groups = self.plan.spec, effects.group(self.plan, _names(by))
         return effects.effects(self.fold, groups, goal=spec.metric.goal, top=spec.reduce.top)
@@ -274,7 +275,7 @@ class Sweep:
             NothingMatched: no report has the metric.
             UsageError: no such parameter.
         """
-        from orchestrator import curves, effects
+        from orchestrator.results import curves, effects
 
         objective = self.plan.spec.metric
         groups = effects.group(self.plan, _names(by))
@@ -316,13 +317,13 @@ class Sweep:
         )
 
     def _interruptions(self) -> Account:
-        from orchestrator import resumption
+        from orchestrator.results import resumption
 
         return resumption.read(self.paths) if self.fold.has_retried or self.fold.retries() else resumption.Account()
 
     def _alive(self) -> tuple[list[Live] | None, str]:
-        from orchestrator import submit
         from orchestrator.errors import SlurmUnreachable
+        from orchestrator.slurm import submit
 
         try:
             return submit.live(self.paths), ""
@@ -331,7 +332,7 @@ class Sweep:
 
     def _counts(self, alive: Sequence[Live] | None) -> dict[str, int]:
         # Without an answer from Slurm, whoever began a trial and has not ended it is taken at its word.
-        from orchestrator import ledger
+        from orchestrator.slurm import ledger
 
         running = sum(
             alive is None or any(_is_alive(writer, alive) for writer in writers)
@@ -371,7 +372,7 @@ class Sweep:
 
     def rows(self) -> Iterator[JsonObject]:
         """A flat row a trial: index, trial, status, value, attempts, then parameters by dotted path."""
-        from orchestrator.command import flat
+        from orchestrator.worker.command import flat
 
         for trial in self.plan.trials():
             status = self.fold.status(trial.index)
@@ -410,7 +411,7 @@ class Sweep:
                 f"{self.id}: the weights of trial {trial.index} were not kept; "
                 f"the best {self.plan.spec.reduce.top} have theirs (reduce.top)"
             )
-        trust.check(self.paths)
+        permissions.check(self.paths)
         return _load(self.paths, self.plan, trial, path)
 
 
@@ -422,9 +423,9 @@ def _names(by: str | Sequence[str] | None) -> list[str]:
 def _load(paths: SweepPaths, plan: PlanFile, trial: Trial, weights: Path) -> State:
     from safetensors.torch import load_file
 
-    from orchestrator.code import Lineage
-    from orchestrator.job import load_job
-    from orchestrator.signatures import split
+    from orchestrator.config.program import load_job
+    from orchestrator.config.signatures import split
+    from orchestrator.config.snapshot import Lineage
 
     assert plan.spec.program is not None
     job = load_job(paths.code, plan.spec.program, Lineage.of(paths))

@@ -58,4 +58,4 @@ trap 'export ORC_NOTICE=TERM' TERM USR1
 # With --export, sbatch sets this one, and srun would then hide from the worker what the prologue has set.
 unset SLURM_EXPORT_ENV
 
-exec /home/ada/venv/bin/python -P -m orchestrator.reducer --dir /home/ada/runs/digits-0123abcd4567 --submission 5eed5eed5eed5eed5eed5eed5eed5eed --ranges 40 --fan-in 20 --level 0 --number "$SLURM_ARRAY_TASK_ID"
+exec /home/ada/venv/bin/python -P -m orchestrator.results.reducer --dir /home/ada/runs/digits-0123abcd4567 --submission 5eed5eed5eed5eed5eed5eed5eed5eed --ranges 40 --fan-in 20 --level 0 --number "$SLURM_ARRAY_TASK_ID"

@@ -59,4 +59,4 @@ trap 'export ORC_NOTICE=TERM' TERM USR1
 unset SLURM_EXPORT_ENV
 
 # A TERM makes srun kill its step. That loses nothing, for whoever reduces next does it all again.
-exec srun --ntasks=8 --cpus-per-task=1 --kill-on-bad-exit=1 --export=ALL /home/ada/venv/bin/python -P -m orchestrator.ranks --dir /home/ada/runs/digits-0123abcd4567 --submission 5eed5eed5eed5eed5eed5eed5eed5eed
+exec srun --ntasks=8 --cpus-per-task=1 --kill-on-bad-exit=1 --export=ALL /home/ada/venv/bin/python -P -m orchestrator.worker.reducer_ranks --dir /home/ada/runs/digits-0123abcd4567 --submission 5eed5eed5eed5eed5eed5eed5eed5eed

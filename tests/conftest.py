@@ -68,8 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     They go between modules, whose fixtures would be made anew in the middle of one.
     """
-    waiting = [item for item in items if "slurm" in item.path.parts]
-    others = [item for item in items if "slurm" not in item.path.parts]
+    waiting = [item for item in items if "on_slurm" in item.path.parts]
+    others = [item for item in items if "on_slurm" not in item.path.parts]
     found: list[pytest.Item] = []
     num_others = num_waiting = 0
     for _, module in itertools.groupby(others, key=lambda item: item.path):

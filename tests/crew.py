@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 
+from orchestrator.distributed.rendezvous import Invitation, Party, met
 from orchestrator.errors import OrcError
-from orchestrator.meeting import Invitation, Party, met
 
 LIMIT_S = 60.0
 """Longest that a test waits for a rank; a machine that is busy needs seconds for what takes milliseconds."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "orchestrator.replica", "orchestrator.agreement", "pytest"])
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "orchestrator.training.data_parallel", "orchestrator.distributed.consensus", "pytest"]
+)
 
 
 @dataclass(frozen=True, slots=True)

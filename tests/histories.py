@@ -6,11 +6,11 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from orchestrator.fold import Fold
-from orchestrator.paths import SweepPaths
-from orchestrator.records import Cause, Status, end, notice, outcome, report, start
-from orchestrator.spec import Metric
-from orchestrator.store import JsonObject, checked
+from orchestrator.config.spec import Metric
+from orchestrator.core.atomic import JsonObject, checked
+from orchestrator.core.paths import SweepPaths
+from orchestrator.results.fold import Fold
+from orchestrator.results.records import Cause, Status, end, notice, outcome, report, start
 
 NUM = 4
 WRITERS = ("a" * 32, "b" * 32, "c" * 32)

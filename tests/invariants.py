@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.paths import SweepPaths
+from orchestrator.core.paths import SweepPaths
 
 __all__ = [
     "Jobs",
@@ -214,11 +214,11 @@ def nothing_is_left(paths: SweepPaths, jobs: Jobs = NO_JOBS) -> None:
 
 def status_says(paths: SweepPaths, *words: str) -> None:
     """I7: `orc status` names the cause and the remedy."""
-    from orchestrator import show
+    from orchestrator.cli import tables
     from orchestrator.sweep import Sweep
 
     sweep = Sweep(paths)
-    text = show.standing(sweep, sweep.standing())
+    text = tables.standing(sweep, sweep.standing())
     assert all(word in text for word in words), text
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orchestrator.paths import SweepPaths
+from orchestrator.core.paths import SweepPaths
 
 __all__ = ["Late"]
 

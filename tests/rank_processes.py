@@ -23,18 +23,18 @@ import torch.distributed as dist
 from torch.nn import functional as F  # noqa: N812  # as everyone names it
 from torch.utils.data import Dataset
 
-from orchestrator.algebra import SummaryMap, SummaryPair, TopN
-from orchestrator.dist import Group
+from orchestrator.config.spec import Metric
+from orchestrator.distributed.control_group import Group
+from orchestrator.distributed.rendezvous import Party
 from orchestrator.errors import OrcError
-from orchestrator.meeting import Party
-from orchestrator.spec import Metric
-from orchestrator.summary import Summary
-from orchestrator.trial import Trial
+from orchestrator.stats.containers import SummaryMap, SummaryPair, TopN
+from orchestrator.stats.summary import Summary
+from orchestrator.training.trial import Trial
 
 LIMIT_S = 60.0
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["torch._dynamo", "orchestrator.trial", "rank_processes"])
+_forks.set_forkserver_preload(["torch._dynamo", "orchestrator.training.trial", "rank_processes"])
 
 
 def _rank(job: Callable[..., Any], rank: int, world_size: int, store: str, pipe: Connection, *args: Any) -> None:

@@ -15,13 +15,15 @@ from typing import Any
 
 import orjson
 
-from orchestrator import ledger, reducer, store
-from orchestrator.fold import Fold
-from orchestrator.paths import SweepPaths
-from orchestrator.plan import SweepPlan, write_plan
-from orchestrator.records import Status
-from orchestrator.spec import Launch, Metric, Reduce, Retries, SweepSpec
-from orchestrator.store import JsonObject
+from orchestrator.config.plan import SweepPlan, write_plan
+from orchestrator.config.spec import Launch, Metric, Reduce, Retries, SweepSpec
+from orchestrator.core import atomic
+from orchestrator.core.atomic import JsonObject
+from orchestrator.core.paths import SweepPaths
+from orchestrator.results import reducer
+from orchestrator.results.fold import Fold
+from orchestrator.results.records import Status
+from orchestrator.slurm import ledger
 
 TOKEN, OTHER, THIRD = (secrets.token_hex(16) for _ in range(3))
 """Of submissions, and of no test of another process beside this one: who cancels a submission ends its processes."""
@@ -141,7 +143,7 @@ def records(paths: SweepPaths, kind: str | None = None) -> list[dict[str, Any]]:
     """Every intact line of every record file, or those of one kind."""
     found = []
     for path in sorted(paths.records.iterdir()):
-        found += [orjson.loads(line) for _, line in store.lines(path) if store.intact(line)]
+        found += [orjson.loads(line) for _, line in atomic.lines(path) if atomic.intact(line)]
     return [line for line in found if kind in (None, line["kind"])]
 
 

@@ -14,8 +14,8 @@ import pytest
 import sweeps
 from documents import ROOT, Block, Reader, blocks
 
-from orchestrator.paths import SweepPaths
-from orchestrator.plan import PlanFile
+from orchestrator.config.plan import PlanFile
+from orchestrator.core.paths import SweepPaths
 
 DOCUMENT = ROOT / "docs" / "adopt.md"
 HOLD = """
@@ -23,7 +23,7 @@ import os, signal, time
 from pathlib import Path
 
 def hold_at(count):
-    from orchestrator.attempt import Attempt
+    from orchestrator.worker.current import Attempt
     report = Attempt.report
     done = []
 

@@ -18,13 +18,15 @@ import orjson
 import pytest
 import torch
 from crew import together
-from test_resume import check_everywhere
+from test_resumed_training import check_everywhere
 
-from orchestrator import examples, intake, job, signatures
+from orchestrator.cli import init as examples
+from orchestrator.cli import prepare
+from orchestrator.config import program, signatures
+from orchestrator.config.spec import Metric
+from orchestrator.distributed.rendezvous import Party
 from orchestrator.errors import DataError
-from orchestrator.meeting import Party
-from orchestrator.spec import Metric
-from orchestrator.trial import Trial
+from orchestrator.training.trial import Trial
 
 FOLDER = examples.folder()
 JOBS = examples.names()
@@ -122,7 +124,7 @@ SWEEPS = [command for name in JOBS for command in commands(name) if re.search(r"
 @pytest.mark.parametrize("command", SWEEPS)
 def test_every_sweep_of_a_docstring_is_understood(command: str, tmp_path: Path) -> None:
     file, overrides = reading(command)
-    taken = intake.read(FOLDER.parent / file if FOLDER.name == "jobs" else FOLDER / file, overrides, runs=tmp_path)
+    taken = prepare.read(FOLDER.parent / file if FOLDER.name == "jobs" else FOLDER / file, overrides, runs=tmp_path)
     assert taken.plan.num_trials >= 4
 
 
@@ -164,7 +166,7 @@ def test_a_job_runs_by_its_commands(name: str, tmp_path: Path, files: Path) -> N
 def test_the_same_file_trains_as_one_process_and_as_four_ranks(tmp_path: Path, files: Path) -> None:
     small = ["run_cap=2", "parameters.epochs.value=2", "launch.ranks_per_node=4"]
     do(f"{commands('digits_mlp')[0]} {' '.join(small)}", tmp_path, files)
-    plan = intake.read(FOLDER / "digits_mlp.yaml", small, runs=files).plan
+    plan = prepare.read(FOLDER / "digits_mlp.yaml", small, runs=files).plan
     (curve,) = orjson.loads(do("orc summary --curve val_loss --json", tmp_path, files))["curves"]
     # 1,437 samples in batches of 64: no batch is left out, and none is made twice.
     assert [(one["step"], one["count"]) for one in curve["steps"]] == [(23, 2), (46, 2)]
@@ -191,7 +193,7 @@ def test_a_script_runs_by_itself_and_as_a_sweep(tmp_path: Path, files: Path) -> 
 def module(name: str) -> ModuleType:
     before = sys.dont_write_bytecode, list(sys.path)
     try:
-        return job.load_job(FOLDER, f"{name}.py").module
+        return program.load_job(FOLDER, f"{name}.py").module
     finally:
         sys.dont_write_bytecode, sys.path[:] = before
 
@@ -199,7 +201,7 @@ def module(name: str) -> ModuleType:
 def params(name: str, files: Path) -> dict[str, Any]:
     """Those of the sweep's first trial, small and with its data."""
     where = [f"data={files / DATA[name]}"] if name in DATA else []
-    found = intake.read(FOLDER / f"{name}.yaml", [*where, *SMALL[name]], runs=files)
+    found = prepare.read(FOLDER / f"{name}.yaml", [*where, *SMALL[name]], runs=files)
     return dict(found.plan.trial(0).params)
 
 
@@ -228,7 +230,7 @@ def run(
 def test_a_job_trains_and_reports_its_objective_the_same_every_time(name: str, files: Path) -> None:
     given = params(name, files)
     trial, reports = run(name, given)
-    metric = intake.read(FOLDER / f"{name}.yaml", [], runs=files).plan.spec.metric.name
+    metric = prepare.read(FOLDER / f"{name}.yaml", [], runs=files).plan.spec.metric.name
     assert any(metric in report["metrics"] for report in reports)
     assert trial.num_steps >= 2
     again, _ = run(name, given)

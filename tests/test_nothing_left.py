@@ -167,7 +167,7 @@ class Litterer:
     @property
     def head(self) -> int:
         """The guardian of the forkserver."""
-        (found,) = (pid for pid in children_of(self.supervisor) if "orchestrator.guardian" in command_line(pid))
+        (found,) = (pid for pid in children_of(self.supervisor) if "orchestrator.core.guardian" in command_line(pid))
         return found
 
     @property
@@ -177,7 +177,7 @@ class Litterer:
     @property
     def guardians(self) -> list[int]:
         """Those of the workers."""
-        return sorted(pid for pid in children_of(self.forkserver) if "orchestrator.guardian" in command_line(pid))
+        return sorted(pid for pid in children_of(self.forkserver) if "orchestrator.core.guardian" in command_line(pid))
 
     @property
     def workers(self) -> list[int]:
@@ -194,7 +194,7 @@ class Litterer:
 
 def below(guardian: int) -> int:
     """The process that a guardian watches."""
-    (found,) = (pid for pid in children_of(guardian) if "orchestrator.forkserver" in command_line(pid))
+    (found,) = (pid for pid in children_of(guardian) if "orchestrator.worker.forkserver" in command_line(pid))
     return found
 
 

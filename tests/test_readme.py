@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from documents import DOCUMENTS, ROOT, Block, Reader, blocks
 
-from orchestrator import sweepfile
-from orchestrator.space import DISTRIBUTIONS
-from orchestrator.spec import Launch, Metric, Reduce, Retries, SweepSpec
-from orchestrator.sweepfile.yaml12 import parse
+from orchestrator.config import load
+from orchestrator.config.distributions import DISTRIBUTIONS
+from orchestrator.config.spec import Launch, Metric, Reduce, Retries, SweepSpec
+from orchestrator.config.yaml12 import parse
 
 MARKS = r"|slurm|exit \d|file: [\w.]+|not run: .+"
 
@@ -82,7 +82,7 @@ def test_every_part_of_a_sweep_file_is_good(block: Block) -> None:
     rest = {"program": "train.py", "method": "grid", "parameters": "{x: {value: 1}}"}
     if "command" in given:
         del rest["program"]
-    sweepfile.parse(block.text + "".join(f"{key}: {value}\n" for key, value in rest.items() if key not in given))
+    load.parse(block.text + "".join(f"{key}: {value}\n" for key, value in rest.items() if key not in given))
 
 
 def keys() -> Iterator[str]:

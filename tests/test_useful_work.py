@@ -17,7 +17,7 @@ from statistics import mean
 import pytest
 from command_line import Orc
 
-from orchestrator.pace import Pace
+from orchestrator.training.checkpoint.interval import Pace
 
 STEPS = 600
 PERIOD_S = 0.1

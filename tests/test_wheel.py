@@ -12,11 +12,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 RENDER = """
-from orchestrator import render, spec
+from orchestrator.config import spec
+from orchestrator.slurm import script
 of = spec.SweepSpec(name="x", method="random", parameters={})
-request = render.WorkersRequest(spec=of, sweep_id="x-1", root="/r", python="/p", token="0" * 32, num_workers=1)
-print(render.__file__)
-print(render.render_workers(request))
+request = script.WorkersRequest(spec=of, sweep_id="x-1", root="/r", python="/p", token="0" * 32, num_workers=1)
+print(script.__file__)
+print(script.render_workers(request))
 """
 
 
@@ -74,11 +75,11 @@ def test_the_wheel_holds_every_file_that_it_needs_and_no_more(wheel: Path) -> No
 
 def test_an_installed_package_finds_its_templates(installed: Path, tmp_path: Path) -> None:
     path, first, *_ = run(installed, tmp_path, RENDER).splitlines()
-    assert path == str(installed / "orchestrator" / "render.py")
+    assert path == str(installed / "orchestrator" / "slurm" / "script.py")
     assert first == "#!/bin/bash"
 
 
-@pytest.mark.parametrize("module", ["supervisor", "reducer"])
+@pytest.mark.parametrize("module", ["supervisor", "results.reducer"])
 def test_what_slurm_starts_runs_from_an_installed_package(module: str, installed: Path, tmp_path: Path) -> None:
     code = f"sys.argv[0] = 'x'; import runpy; runpy.run_module('orchestrator.{module}', run_name='__main__')"
     assert "--submission" in run(installed, tmp_path, code, "--help")
@@ -107,5 +108,5 @@ def test_a_first_sweep_runs_at_once_from_an_installed_package(installed: Path, t
 
 
 def test_an_installed_package_leaves_its_folder_alone(installed: Path, tmp_path: Path) -> None:
-    run(installed, tmp_path, "import orchestrator.render")
+    run(installed, tmp_path, "import orchestrator.slurm.script")
     assert not list(tmp_path.iterdir())

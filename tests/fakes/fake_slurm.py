@@ -1,4 +1,4 @@
-"""Slurm's commands as far as orchestrator.slurm calls them, over a folder, $FAKE_SLURM, in which tests set the scene.
+"""Slurm's commands as far as this package calls them, over a folder, $FAKE_SLURM, in which tests set the scene.
 
 calls.jsonl     every call: command, arguments, and the variables of Slurm and sbatch that it saw
 jobs.json       the queue

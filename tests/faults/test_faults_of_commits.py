@@ -17,20 +17,23 @@ from invariants import Memory, check, intact_lines, leftovers
 from killpoints import kill_everywhere
 from sweeps import OTHER, TOKEN, counts, no_room_after, superseded
 
-from orchestrator import fold as folding
-from orchestrator import ledger, parts, reducer, store, submit
-from orchestrator.claims import Block, Claims
-from orchestrator.code import Manifest, Snapshot, SnapshotFile
+from orchestrator.config.plan import PlanFile, SweepPlan, write_plan
+from orchestrator.config.snapshot import Manifest, Snapshot, SnapshotFile
+from orchestrator.config.spec import Metric
+from orchestrator.core import atomic
+from orchestrator.core.paths import SweepPaths
 from orchestrator.errors import FolderError, OrcError
-from orchestrator.fold import Fold, cache
-from orchestrator.fold.leaders import Leaders
-from orchestrator.fold.table import Table
-from orchestrator.paths import SweepPaths
-from orchestrator.plan import PlanFile, SweepPlan, write_plan
-from orchestrator.records import RecordWriter, Status, look, outcome, start
-from orchestrator.spec import Metric
+from orchestrator.results import fold as folding
+from orchestrator.results import reducer
+from orchestrator.results.claims import Block, Claims
+from orchestrator.results.fold import Fold, cache
+from orchestrator.results.fold.incremental import Leaders
+from orchestrator.results.fold.table import Table
+from orchestrator.results.records import RecordWriter, Status, look, outcome, start
+from orchestrator.results.reduction_tree import parts
+from orchestrator.results.reduction_tree.tree import Tree
+from orchestrator.slurm import ledger, submit
 from orchestrator.sweep import Sweep
-from orchestrator.tree import Tree
 
 MODEL = b"weights" * 1000
 SHA = hashlib.sha256(MODEL).hexdigest()
@@ -41,13 +44,13 @@ def paths(tmp_path: Path) -> SweepPaths:
     return sweeps.make(tmp_path, trials=3)
 
 
-def done(trial: int, **payload: store.Json) -> store.JsonObject:
+def done(trial: int, **payload: atomic.Json) -> atomic.JsonObject:
     return outcome(
         trial=trial, attempt=0, status=Status.COMPLETE, payload={"value": trial + 0.5, **payload}, seconds=0.1
     )
 
 
-def put(paths: SweepPaths, *lines: store.JsonObject) -> None:
+def put(paths: SweepPaths, *lines: atomic.JsonObject) -> None:
     writer = RecordWriter(paths, {"submission": TOKEN, "host": "n1"})
     writer.append(*lines)
     writer.close()
@@ -134,7 +137,7 @@ def test_fault_16_a_kill_in_the_summary_leaves_the_old_one_or_the_new_one(paths:
 
 def test_fault_16_a_kill_between_a_model_and_its_record_leaves_no_record_without_its_model(paths: SweepPaths) -> None:
     def act() -> None:
-        store.write(paths.model(0, SHA), MODEL)
+        atomic.write(paths.model(0, SHA), MODEL)
         put(paths, done(0, model=SHA))
 
     for kill in kill_everywhere(act):

@@ -11,13 +11,13 @@ import pytest
 import sweeps
 import torch
 from killpoints import kill_everywhere, run_apart
-from test_resume import Process, usual
-from test_worker import answers, build, message
+from test_resumed_training import Process, usual
+from test_single_worker import answers, build, message
 
-from orchestrator import models, reducer
-from orchestrator.paths import SweepPaths
-from orchestrator.records import RecordWriter, Status, outcome
-from orchestrator.trial import Result, Trial
+from orchestrator.core.paths import SweepPaths
+from orchestrator.results import reducer, top_models
+from orchestrator.results.records import RecordWriter, Status, outcome
+from orchestrator.training.trial import Result, Trial
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -107,11 +107,11 @@ def test_fault_16_a_kill_between_a_worker_s_model_and_its_record_leaves_no_recor
             path.unlink()
         kill()
         named = sweeps.fold(paths)
-        for sha256 in filter(None, (models.model_of(named, trial) for trial in range(2))):
+        for sha256 in filter(None, (top_models.model_of(named, trial) for trial in range(2))):
             (path,) = paths.models.glob(f"*-{sha256[:16]}.safetensors")
             assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
         run_apart(act)  # the trials again
         reducer.reduce(paths, wait_s=0.0)
-        assert sweeps.names(paths.models) == [paths.model(0, models.model_of(sweeps.fold(paths), 0) or "").name]
+        assert sweeps.names(paths.models) == [paths.model(0, top_models.model_of(sweeps.fold(paths), 0) or "").name]
         assert sweeps.counts(paths) == {"complete": 2}
     assert kill.number >= 20

@@ -15,9 +15,9 @@ import sweeps
 from invariants import Memory, check, processes_of
 from sweeps import OTHER, TOKEN, counts, records, started, superseded, until
 
-from orchestrator import logs
-from orchestrator.paths import SweepPaths
-from orchestrator.spec import Checkpoint, Retries
+from orchestrator.cli import logs
+from orchestrator.config.spec import Checkpoint, Retries
+from orchestrator.core.paths import SweepPaths
 from orchestrator.sweep import Sweep
 
 JOB = """

@@ -20,13 +20,13 @@ from invariants import Memory, check, processes_of
 from late import Late
 from sweeps import HALF, OTHER, TOKEN, counts, records, started, superseded, until
 
-from orchestrator import reducer
+from orchestrator.config.plan import PlanFile
+from orchestrator.config.spec import Retries
+from orchestrator.core.atomic import Json, JsonObject
+from orchestrator.core.paths import SweepPaths
 from orchestrator.errors import TrialsFailed
-from orchestrator.paths import SweepPaths
-from orchestrator.plan import PlanFile
-from orchestrator.records import RecordWriter, Status, outcome
-from orchestrator.spec import Retries
-from orchestrator.store import Json, JsonObject
+from orchestrator.results import reducer
+from orchestrator.results.records import RecordWriter, Status, outcome
 from orchestrator.sweep import Sweep
 
 WAITS = f"""
@@ -307,7 +307,7 @@ NOTED_ONLY = {"handover.py"}
 
 
 def test_fault_23_only_what_is_written_for_people_reads_a_wall_clock() -> None:
-    package = Path(reducer.__file__).parent
+    package = Path(reducer.__file__).parents[1]
     asked = {
         path.name
         for path in package.glob("*.py")

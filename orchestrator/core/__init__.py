@@ -1,0 +1,1 @@
+"""What everything rests on: files, processes, signals, messages. Imports no other room."""

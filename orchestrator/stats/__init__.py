@@ -1,0 +1,1 @@
+"""The exact, mergeable Summary, and what is built of it."""

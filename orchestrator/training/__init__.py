@@ -1,0 +1,1 @@
+"""What a job sees: the trial, its data, losses and metrics, checkpoints, packs, diagnostics."""

@@ -1,0 +1,1 @@
+"""Checkpoints: the state of a training, serialized, written beside it, restored."""

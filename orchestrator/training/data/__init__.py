@@ -1,0 +1,1 @@
+"""Samples: data sets by index, batches, order of an epoch."""

@@ -1,0 +1,1 @@
+"""What a training is like from within: norms, curvature, time."""

@@ -1,0 +1,1 @@
+"""Packs: several trials of one architecture, trained as one network."""
