@@ -3,6 +3,7 @@
 # make check   format, lint, types and the tests that need no Slurm, in under a minute
 # make soak    the tests that take minutes
 # make bench   how fast it is, beside its alternatives
+# make docs    draw the figures that are made from the code
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -20,7 +21,7 @@ SLURM_PROGRAMS := sbatch srun slurmctld slurmd munged slurmdbd mariadbd my_print
 # The last two are for accounting (sacct); none of these packages starts a service without a configuration.
 SLURM_PACKAGES := slurm-wlm munge shellcheck slurmdbd mariadb-server-core mariadb-client
 
-.PHONY: demo test check soak bench environment slurm
+.PHONY: demo test check soak bench docs environment slurm
 
 demo: environment
 	$(BIN)/orc run jobs/digits_mlp.yaml
@@ -40,6 +41,9 @@ soak: environment slurm
 
 bench: environment
 	@for script in benchmarks/{sweep,outcome,summary,fold,reduce,resnet}.py; do echo "$$script" && $(BIN)/python "$$script" || exit; done
+
+docs: environment
+	$(BIN)/python docs/figures/rooms.py
 
 environment: $(STAMP)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.config.program import Job, load_job
+from orchestrator.config.program import LoadedJob, load_job
 from orchestrator.config.spec import Metric
 from orchestrator.core.atomic import JsonObject
 from orchestrator.training.packing.pack import Member, PackedTrial
@@ -35,14 +35,14 @@ def drawn(num: int) -> list[JsonObject]:
     return [{"lr": 0.003 * 30**a, "momentum": 0.9 * b, "weight_decay": 1e-7 * 1e5**c} for a, b, c in points]
 
 
-def packed(job: Job, params: list[JsonObject], epochs: int, batch_size: int) -> list[object]:
+def packed(job: LoadedJob, params: list[JsonObject], epochs: int, batch_size: int) -> list[object]:
     members = [Member(index=n, params=one, seed=n, emit=lambda line: None) for n, one in enumerate(params)]
     pack = PackedTrial(members, metric=Metric(), device=CPU)
     job.train(pack, epochs=epochs, batch_size=batch_size)
     return [result.payload["value"] for result in pack.results(None)]
 
 
-def one_by_one(job: Job, params: list[JsonObject], epochs: int, batch_size: int) -> list[object]:
+def one_by_one(job: LoadedJob, params: list[JsonObject], epochs: int, batch_size: int) -> list[object]:
     found: list[object] = []
     for number, one in enumerate(params):
         trial = Trial(index=number, params=one, seed=number, metric=Metric(), emit=lambda line: None, device=CPU)
@@ -58,7 +58,7 @@ def timed(run: Callable[[], list[object]]) -> tuple[float, list[object]]:
     return (time.process_time() - began) / len(found), found
 
 
-def compared(job: Job, params: list[JsonObject], batch_size: int, given: argparse.Namespace) -> str:
+def compared(job: LoadedJob, params: list[JsonObject], batch_size: int, given: argparse.Namespace) -> str:
     """A row of the table."""
     packs_s, singles_s, ratios = [], [], []
     some = params[: given.single]

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn import functional as F  # noqa: N812  # as everyone names it
 
 from orchestrator.config.spec import Metric
-from orchestrator.distributed.control_group import Group
+from orchestrator.distributed.control_group import ControlGroup
 from orchestrator.stats import wire
 from orchestrator.stats.summary import Summary
 from orchestrator.training.data.dataset import dealt
@@ -43,16 +43,16 @@ BARE = "the network and its losses alone"
 # Ranks
 
 
-def ours(group: Group, summary: Summary) -> None:
+def ours(group: ControlGroup, summary: Summary) -> None:
     group.reduce(summary)
 
 
-def all_reduce(group: Group, summary: Summary) -> None:
+def all_reduce(group: ControlGroup, summary: Summary) -> None:
     words = torch.zeros(wire.FRAME_BYTES // 8, dtype=torch.int64)
     dist.all_reduce(words)
 
 
-def collectives(group: Group, summary: Summary) -> None:
+def collectives(group: ControlGroup, summary: Summary) -> None:
     """A sum, a minimum, a maximum, a gather and a broadcast, of tensors of fixed sizes."""
     sums = torch.zeros(4 + LIMBS + BUCKETS, dtype=torch.int64)
     extremes = torch.tensor([summary.low[0][0], summary.high[0][0]], dtype=torch.float64)
@@ -78,7 +78,7 @@ def time_ranks(rank: int, world_size: int, top: int, repeats: int, store: str, r
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
-    group = Group.of()
+    group = ControlGroup.of()
     generator = torch.Generator().manual_seed(rank)
     losses = torch.randn(SAMPLES, generator=generator).exp()
     summary = Summary.of_samples(losses, first_key=SAMPLES * rank, top=top)
@@ -146,7 +146,7 @@ def passes(num: int) -> dict[str, Callable[[], object]]:
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(num, 1, 28, 28, generator=generator), torch.randint(10, (num,), generator=generator)
     trial = Trial(index=0, params={}, seed=0, metric=Metric(), emit=lambda _: None, device=CPU)
-    net, _ = trial.keep(net=Cnn())
+    net, _ = trial.prepare(net=Cnn())
     batch_size = 512
 
     @torch.no_grad()

@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.cli.init import folder as jobs
 from orchestrator.config import program
-from orchestrator.config.spec import Checkpoint, Metric
-from orchestrator.distributed.rendezvous import Invitation, Party, met
+from orchestrator.config.spec import CheckpointOptions, Metric
+from orchestrator.distributed.rendezvous import RankContext, RendezvousRequest, met
 from orchestrator.training.augment import crop_and_flip
-from orchestrator.training.checkpoint.concord import Concord
+from orchestrator.training.checkpoint.concord import RankCheckpointManager
 from orchestrator.training.checkpoint.files import Checkpoints, Identity
-from orchestrator.training.checkpoint.manager import Keeper
+from orchestrator.training.checkpoint.manager import CheckpointManager
 from orchestrator.training.trial import Trial
 
 OURS, PLAIN = "jobs/cifar_resnet.py", "plain torch"
@@ -53,17 +53,17 @@ def images() -> object:
     return resnet.Data(samples, samples, samples, mean, std)
 
 
-def keeper(folder: Path, party: Party) -> Keeper:
+def keeper(folder: Path, party: RankContext) -> CheckpointManager:
     """Saves as a worker's does; nobody sends notices."""
     whose = Identity(sweep="benchmark", trial=0, world_size=party.world_size)
     checkpoints = Checkpoints(folder / "checkpoints", whose, WRITER, say=lambda _: None)
     told = {"hears": list, "tells": lambda _: None, "say": lambda _: None}
     if party.world_size == 1:
-        return Keeper(checkpoints, Checkpoint(), **told)
-    return Concord(checkpoints, Checkpoint(), party, **told)
+        return CheckpointManager(checkpoints, CheckpointOptions(), **told)
+    return RankCheckpointManager(checkpoints, CheckpointOptions(), party, **told)
 
 
-def ours(party: Party, kept: Keeper, layers: int) -> Iterator[None]:
+def ours(party: RankContext, kept: CheckpointManager, layers: int) -> Iterator[None]:
     """A step at each `next`."""
     params = {"layers": layers, "iterations": ITERATIONS}
     trial = Trial(index=0, params=params, seed=1, metric=Metric(), emit=lambda _: None, party=party, keeper=kept)
@@ -75,7 +75,7 @@ def ours(party: Party, kept: Keeper, layers: int) -> Iterator[None]:
             yield
 
 
-def plain(party: Party, layers: int) -> Iterator[None]:
+def plain(party: RankContext, layers: int) -> Iterator[None]:
     """The same."""
     torch.manual_seed(1)
     state, found = resnet.build(layers=layers, iterations=ITERATIONS), images()
@@ -96,7 +96,7 @@ def plain(party: Party, layers: int) -> Iterator[None]:
             yield
 
 
-def time_in_turn(party: Party, folder: Path, given: argparse.Namespace) -> dict[str, list[float]]:
+def time_in_turn(party: RankContext, folder: Path, given: argparse.Namespace) -> dict[str, list[float]]:
     """Steps a second of each way, each time."""
     kept = keeper(folder, party)
     ways = {OURS: ours(party, kept, given.layers), PLAIN: plain(party, given.layers)}
@@ -117,9 +117,9 @@ def time_in_turn(party: Party, folder: Path, given: argparse.Namespace) -> dict[
 def work(rank: int, world_size: int, folder: Path, given: argparse.Namespace, results: multiprocessing.Queue) -> None:
     torch.set_num_threads(1)
     if world_size == 1:
-        results.put(time_in_turn(Party.alone(), folder, given))
+        results.put(time_in_turn(RankContext.alone(), folder, given))
         return
-    with met(Invitation(folder=folder, whose="benchmark", rank=rank, world_size=world_size)) as party:
+    with met(RendezvousRequest(folder=folder, whose="benchmark", rank=rank, world_size=world_size)) as party:
         found = time_in_turn(party, folder, given)
         if rank == 0:
             results.put(found)

@@ -119,7 +119,7 @@ def train(
     context: int = 128,
     steps: int = 1000,
     batch_size: int = 32,
-    portions: int = 1,
+    micro_batches: int = 1,
     precision: str = "float32",
 ) -> None:
     train_set, val_set = load(data, context)
@@ -129,5 +129,5 @@ def train(
         for batch in trial.batches(train_set, batch_size):
             if trial.num_steps == steps:
                 break
-            trial.step(losses, batch, portions=portions, clip_norm=1.0)
+            trial.step(losses, batch, micro_batches=micro_batches, clip_norm=1.0)
         trial.validate(losses, val_set)

@@ -136,7 +136,7 @@ def train(
     iterations: int = 64_000,
     batch_size: int = 128,
     held_out: int = 5_000,
-    portions: int = 1,
+    micro_batches: int = 1,
     precision: str = "float32",
 ) -> None:
     found = load(data or os.environ.get("CIFAR10", "cifar-10"), held_out)
@@ -146,6 +146,6 @@ def train(
         for x, y, keys in trial.batches(found.train, batch_size, keyed=True):
             if trial.num_steps == iterations:
                 break
-            trial.step(losses, (orc.augment.crop_and_flip(found.scaled(x), keys), y), portions=portions)
+            trial.step(losses, (orc.augment.crop_and_flip(found.scaled(x), keys), y), micro_batches=micro_batches)
         trial.validate(losses, found.val)
     trial.validate(losses, found.test, prefix="test_")

@@ -8,7 +8,7 @@
           Vanished               (`fold.table`) a record that was read is no longer there
         SbatchRejected           sbatch said no; its own words are in the text
         DataError                a file of data that is missing, damaged, or not the one that was meant
-      PeerLost, NotMet           (`dist`, `roll`) a rank is gone or silent; the ranks did not find each other
+      PeerLost, RendezvousFailed           (`dist`, `roll`) a rank is gone or silent; the ranks did not find each other
       OutOfStep, NoGradient      (`agreement`, `replica`) ranks do different things; a loss that they can't share
       CheckpointError            (`checkpoint`) a checkpoint can't be written or read, or is of another number of ranks
         Gone                     its folder has vanished: someone else has finished the trial

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-from orchestrator.config.plan import PlanFile, Trial
+from orchestrator.config.plan import PlanFile, PlannedTrial
 from orchestrator.core import permissions
 from orchestrator.core.atomic import Json, JsonObject
 from orchestrator.core.paths import SweepPaths
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from orchestrator.results.curves import Curve
     from orchestrator.results.effects import Effect
     from orchestrator.results.resumption import Account
-    from orchestrator.slurm.submit import Live
-    from orchestrator.stats.summary import Statistics
+    from orchestrator.slurm.jobs import Live
+    from orchestrator.stats.statistics import Statistics
     from orchestrator.training.trial import State
 
-__all__ = ["Best", "Job", "Standing", "Sweep", "default_runs", "find", "ids"]
+__all__ = ["Best", "JobStatus", "Standing", "Sweep", "default_runs", "find", "ids"]
 
 
 def default_runs() -> Path:
@@ -103,7 +103,7 @@ class Best:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class JobStatus:
     """Something of a sweep that has not ended: a job, an element of an array, or a process of this machine."""
 
     job: str
@@ -137,7 +137,7 @@ class Standing:
     bad_lines: int
     unreadable: list[str]
     mixed: list[str]
-    jobs: list[Job] | None
+    jobs: list[JobStatus] | None
     note: str = ""
 
 
@@ -284,7 +284,7 @@ class Sweep:
         found = curves.curves(points, groups, goal=goal)
         return found[0].steps if by is None else found
 
-    def trial(self, name: str) -> Trial:
+    def trial(self, name: str) -> PlannedTrial:
         """A trial by its index or its id.
 
         Raises:
@@ -323,10 +323,10 @@ class Sweep:
 
     def _alive(self) -> tuple[list[Live] | None, str]:
         from orchestrator.errors import SlurmUnreachable
-        from orchestrator.slurm import submit
+        from orchestrator.slurm import jobs
 
         try:
-            return submit.live(self.paths), ""
+            return jobs.live(self.paths), ""
         except SlurmUnreachable as error:
             return None, str(error)
 
@@ -420,7 +420,7 @@ def _names(by: str | Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys([by] if isinstance(by, str) else by or ()))
 
 
-def _load(paths: SweepPaths, plan: PlanFile, trial: Trial, weights: Path) -> State:
+def _load(paths: SweepPaths, plan: PlanFile, trial: PlannedTrial, weights: Path) -> State:
     from safetensors.torch import load_file
 
     from orchestrator.config.program import load_job
@@ -448,6 +448,6 @@ def _is_alive(writer: JsonObject, alive: Sequence[Live]) -> bool:
     )
 
 
-def _job(one: Live) -> Job:
+def _job(one: Live) -> JobStatus:
     job, _, task = one.job.partition("_")
-    return Job(job=job, task=task or one.what, state=one.state, reason=one.reason)
+    return JobStatus(job=job, task=task or one.what, state=one.state, reason=one.reason)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from orchestrator.distributed.rendezvous import Invitation, Party, met
+from orchestrator.distributed.rendezvous import RankContext, RendezvousRequest, met
 from orchestrator.errors import OrcError
 
 LIMIT_S = 60.0
@@ -56,13 +56,13 @@ class Rank:
             return self.process.exitcode
 
 
-def call(folder: Path, rank: int, world_size: int, **options: Any) -> Invitation:
+def call(folder: Path, rank: int, world_size: int, **options: Any) -> RendezvousRequest:
     """To meet on this machine."""
     whose = options.pop("whose", "trial 3, attempt 0, of small-1a2b")
-    return Invitation(folder=folder, whose=whose, rank=rank, world_size=world_size, **options)
+    return RendezvousRequest(folder=folder, whose=whose, rank=rank, world_size=world_size, **options)
 
 
-def _run(theirs: Connection, invitation: Invitation, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(theirs: Connection, invitation: RendezvousRequest, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
         with met(invitation) as party:
@@ -76,13 +76,15 @@ def _run(theirs: Connection, invitation: Invitation, work: Callable[..., Any], a
     os._exit(0)  # as a worker does; what is left of the group goes with it
 
 
-def _run_saying(theirs: Connection, invitation: Invitation, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run_saying(
+    theirs: Connection, invitation: RendezvousRequest, work: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     _run(theirs, invitation, work, (theirs.send, *args))
 
 
 @contextmanager
 def crew(
-    invitations: list[Invitation], work: Callable[..., Any], *args: Any, saying: bool = False
+    invitations: list[RendezvousRequest], work: Callable[..., Any], *args: Any, saying: bool = False
 ) -> Iterator[list[Rank]]:
     """A rank for each invitation, at `work(party, *args)`, or `work(party, say, *args)`; killed at the block's end."""
     ranks = []
@@ -104,7 +106,9 @@ def crew(
             rank.ours.close()
 
 
-def together(folder: Path, world_size: int, work: Callable[[Party], Any] | Callable[..., Any], *args: Any) -> list[Any]:
+def together(
+    folder: Path, world_size: int, work: Callable[[RankContext], Any] | Callable[..., Any], *args: Any
+) -> list[Any]:
     """What each rank's `work(party, *args)` returned, or the text of its error."""
     with crew([call(folder, rank, world_size) for rank in range(world_size)], work, *args) as ranks:
         return [rank.end() for rank in ranks]

@@ -24,8 +24,8 @@ from torch.nn import functional as F  # noqa: N812  # as everyone names it
 from torch.utils.data import Dataset
 
 from orchestrator.config.spec import Metric
-from orchestrator.distributed.control_group import Group
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.control_group import ControlGroup
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.errors import OrcError
 from orchestrator.stats.containers import SummaryMap, SummaryPair, TopN
 from orchestrator.stats.summary import Summary
@@ -107,22 +107,22 @@ def reduced(num_cases: int) -> dict[int, list[str]]:
     for world_size in range(1, dist.get_world_size() + 1):
         process_group = dist.new_group(range(world_size))
         if rank < world_size:
-            group = Group.of(process_group)
+            group = ControlGroup.of(process_group)
             found[world_size] = [image(group.reduce(held(seed, rank))) for seed in range(num_cases)]
     return found
 
 
 def reduce_given(given: Sequence[Any]) -> str:
-    return image(Group.of().reduce(given[dist.get_rank()]))
+    return image(ControlGroup.of().reduce(given[dist.get_rank()]))
 
 
 def agree_on(given: Sequence[Any]) -> None:
-    Group.of().agree("the data", given[dist.get_rank()])
+    ControlGroup.of().agree("the data", given[dist.get_rank()])
 
 
 def reduce_beside(missing: int) -> None:
     """Reduce, though one rank does something else first."""
-    group = Group.of(timeout_s=1.0)
+    group = ControlGroup.of(timeout_s=1.0)
     if group.rank == missing:
         group.broadcast([torch.zeros(3)])
     group.reduce(Summary.of(1.0, key=group.rank))
@@ -135,7 +135,7 @@ def reduce_beside_another_backend(store: str) -> tuple[str, str, int]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     dist.init_process_group("fake", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
-    group = Group.of(timeout_s=10.0)
+    group = ControlGroup.of(timeout_s=10.0)
     return dist.get_backend(), dist.get_backend(group.process_group), group.reduce(Summary.of(1.0, key=rank)).count
 
 
@@ -147,7 +147,7 @@ def tensors(seed: int) -> list[torch.Tensor]:
 
 def broadcast_and_gathered() -> tuple[bool, list[list[float]]]:
     """Whether this rank has rank 0's tensors then; and what all ranks have given."""
-    group = Group.of()
+    group = ControlGroup.of()
     mine = tensors(group.rank)
     group.broadcast(mine)
     group.barrier()
@@ -158,7 +158,7 @@ def broadcast_and_gathered() -> tuple[bool, list[list[float]]]:
 
 def reduce_until_lost(missing: int, how: str, timeout_s: float) -> tuple[str, str, float]:
     """Reduce until a rank goes missing, which kills or stops itself after some rounds; returns how that is told."""
-    group = Group.of(timeout_s=timeout_s)
+    group = ControlGroup.of(timeout_s=timeout_s)
     for turn in range(100_000):
         if group.rank == missing and turn == 20:
             os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
@@ -220,7 +220,7 @@ def validated(name: str, num: int, batch_size: int, form: str = "tensors") -> tu
     x, y = torch.randn(num, 64, generator=generator), torch.randint(10, (num,), generator=generator)
     if form == "columns":
         x = x.t().contiguous().t()
-    group = Group.of()
+    group = ControlGroup.of()
     trial = Trial(
         index=0,
         params={},
@@ -228,12 +228,12 @@ def validated(name: str, num: int, batch_size: int, form: str = "tensors") -> tu
         metric=Metric(),
         emit=lambda _: None,
         device=torch.device("cpu"),
-        party=Party(group=group),
+        party=RankContext(group=group),
     )
     net = network(name)
     for buffer in net.buffers():
         buffer.add_(group.rank)
-    trial.keep(net=net)
+    trial.prepare(net=net)
     samples = Listed(x, y) if form == "listed" else (x, y)
     means = trial.validate(losses, samples, batch_size=batch_size)
     if isinstance(samples, Listed):
@@ -243,7 +243,7 @@ def validated(name: str, num: int, batch_size: int, form: str = "tensors") -> tu
 
 
 def validate_badly(given: str) -> None:
-    group = Group.of()
+    group = ControlGroup.of()
     num = 10 + group.rank if given == "other data" else 10
     trial = Trial(
         index=0,
@@ -252,9 +252,9 @@ def validate_badly(given: str) -> None:
         metric=Metric(),
         emit=lambda _: None,
         device=torch.device("cpu"),
-        party=Party(group=group),
+        party=RankContext(group=group),
     )
-    trial.keep(net=torch.nn.Linear(1, 1))
+    trial.prepare(net=torch.nn.Linear(1, 1))
 
     def losses(net: torch.nn.Module, batch: Any) -> torch.Tensor:
         found: torch.Tensor = net(batch[0]).flatten()

@@ -149,7 +149,7 @@ def records(paths: SweepPaths, kind: str | None = None) -> list[dict[str, Any]]:
 
 def superseded(paths: SweepPaths, by: str, *earlier: str, retry_failed: bool = False) -> None:
     """Write down a submission with token `by` that saw the `earlier` ones dead."""
-    part = ledger.Part(what="local", num_workers=1)
+    part = ledger.SubmissionPart(what="local", num_workers=1)
     submission = ledger.Submission(
         token=by, epoch=1, on="local", host="here", parts=(part,), supersedes=earlier, retry_failed=retry_failed
     )

@@ -64,7 +64,7 @@ def test_completion_imports_nothing_heavy(words: str, runs: Path) -> None:
 
 
 def test_what_slurm_starts_imports_nothing_heavy() -> None:
-    code = "import sys, orchestrator.supervisor.supervisor, orchestrator.results.reducer; print(*sys.modules)"
+    code = "import sys, orchestrator.supervisor.main, orchestrator.results.reducer; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert not {name.partition(".")[0] for name in done.stdout.split()} & (HEAVY | {"rich", "click"})
 

@@ -24,7 +24,7 @@ from orchestrator.cli import init as examples
 from orchestrator.cli import prepare
 from orchestrator.config import program, signatures
 from orchestrator.config.spec import Metric
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.errors import DataError
 from orchestrator.training.trial import Trial
 
@@ -206,7 +206,7 @@ def params(name: str, files: Path) -> dict[str, Any]:
 
 
 def run(
-    name: str, given: dict[str, Any], party: Party | None = None, *, seed: int = 3
+    name: str, given: dict[str, Any], party: RankContext | None = None, *, seed: int = 3
 ) -> tuple[Trial, list[dict[str, Any]]]:
     """A trial of a job, and what it reports."""
     code = module(name)
@@ -255,7 +255,7 @@ LOADS = {"batch_size_curves": "data", "digits_mlp": "data", "tabular_regression"
 """What gives the data of a job that has them from scikit-learn, whose import takes longer than all that a rank does."""
 
 
-def weights_of_ranks(party: Party, name: str, given: dict[str, Any], samples: Path) -> list[float]:
+def weights_of_ranks(party: RankContext, name: str, given: dict[str, Any], samples: Path) -> list[float]:
     """All weights after a trial; `samples` is what the job's own data were written to, if they are scikit-learn's."""
     if name in LOADS:
         code, found = module(name), torch.load(samples, weights_only=True)
@@ -270,7 +270,7 @@ def weights(trial: Trial) -> list[float]:
 
 # Float32 sums in another order, over the 3 to 46 steps of the sizes above; docs/sweep-file.md says so. Batches of one
 # sample less would change weights by a thousand times as much. Where batches are normalised, each rank does so for
-# itself, so one process takes the batch in as many portions; and each rank draws its own dropout.
+# itself, so one process takes the batch in as many micro_batches; and each rank draws its own dropout.
 TOLERANCE = 2e-6
 ALIKE: dict[str, dict[str, Any]] = {
     "char_lm": {"warm_up": 1},  # else its three steps are too small to tell
@@ -293,7 +293,7 @@ def test_ranks_follow_one_process(name: str, world_size: int, files: Path, tmp_p
         torch.save(tuple(getattr(module(name), LOADS[name])()), tmp_path / "samples")
     found = torch.tensor(together(tmp_path, world_size, weights_of_ranks, name, given, tmp_path / "samples"))
     assert (found == found[0]).all()
-    alone = given | ({"portions": world_size} if name in NORMALISED else {})
+    alone = given | ({"micro_batches": world_size} if name in NORMALISED else {})
     wanted = torch.tensor(weights(run(name, alone)[0]))
     torch.testing.assert_close(found[0], wanted, rtol=0, atol=TOLERANCE)
 

@@ -17,7 +17,7 @@ from statistics import mean
 import pytest
 from command_line import Orc
 
-from orchestrator.training.checkpoint.interval import Pace
+from orchestrator.training.checkpoint.interval import SaveInterval
 
 STEPS = 600
 PERIOD_S = 0.1
@@ -115,7 +115,7 @@ class Saves:
     lost_s: list[float] = field(default_factory=list)
 
     def train(self, seconds: float) -> None:
-        pace = Pace(clock=lambda: self.now_s)
+        pace = SaveInterval(clock=lambda: self.now_s)
         saved = worked = 0.0
         under_way: tuple[float, float] | None = None  # what a save has taken in, and when it is durable
         while worked < seconds:

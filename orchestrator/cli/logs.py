@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from orchestrator.config.plan import Trial
+from orchestrator.config.plan import PlannedTrial
 from orchestrator.core.channel import MARK
 from orchestrator.core.text import spans
 from orchestrator.errors import NothingMatched
@@ -30,21 +30,26 @@ def pieces(logs: Path, trial: str) -> Iterator[tuple[int, Path, bytes]]:
 
 
 def _in_file(path: Path, trial: bytes) -> Iterator[tuple[int, Path, bytes]]:
-    """From an attempt's first mark to its last: after the closing one stand those of what it had left running."""
+    """Yield the attempts of a file, each from its first mark to its last.
+
+    After the closing mark follow those of what was left running, and between them may stand what that has printed.
+    """
     lines: list[bytes] = []
+    after_close: list[bytes] = []
     attempt, is_closed = -1, False
     with path.open("rb") as file:
         for line in _lines(file):
             mark = MARK.match(line)
-            is_of_it = mark is not None and mark[1] == trial and int(mark[2]) == attempt
-            if attempt >= 0 and not is_of_it and (is_closed or mark):
+            if mark is not None and attempt >= 0 and (mark[1], int(mark[2])) != (trial, attempt):
                 yield attempt, path, b"".join(lines)
-                lines, attempt = [], -1
-            if mark and mark[1] == trial and attempt < 0:
-                attempt = int(mark[2])
-            if attempt >= 0:
-                lines.append(line)
-            is_closed = is_of_it
+                attempt = -1
+            if mark is not None and mark[1] == trial and attempt < 0:
+                attempt, lines, after_close, is_closed = int(mark[2]), [line], [], False
+            elif attempt >= 0 and mark is not None:
+                lines += [*after_close, line]
+                after_close, is_closed = [], True
+            elif attempt >= 0:
+                (after_close if is_closed else lines).append(line)
     if attempt >= 0:
         yield attempt, path, b"".join(lines)
 
@@ -59,7 +64,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         yield line
 
 
-def show(sweep: Sweep, trial: Trial, *, follow: bool, write: Callable[[str], None]) -> None:
+def show(sweep: Sweep, trial: PlannedTrial, *, follow: bool, write: Callable[[str], None]) -> None:
     """Write what a trial printed; with `follow`, go on until it has an outcome.
 
     Raises:
@@ -78,7 +83,7 @@ def show(sweep: Sweep, trial: Trial, *, follow: bool, write: Callable[[str], Non
         raise NothingMatched(f"{sweep.id}: trial {trial.index} has printed nothing yet; `orc status` shows what runs")
 
 
-def _heading(sweep: Sweep, trial: Trial, attempt: int, path: Path) -> str:
+def _heading(sweep: Sweep, trial: PlannedTrial, attempt: int, path: Path) -> str:
     """The line before an attempt: where it printed; of one after the first, what ended the one before and what came."""
     if attempt <= 0:
         return f"--- {path.name}\n"
@@ -92,7 +97,9 @@ def _heading(sweep: Sweep, trial: Trial, attempt: int, path: Path) -> str:
     return f"--- {path.name}: attempt {attempt}{', ' if words else ''}{'; '.join(words)}\n"
 
 
-def _write_new(sweep: Sweep, trial: Trial, shown: dict[tuple[int, Path], int], write: Callable[[str], None]) -> None:
+def _write_new(
+    sweep: Sweep, trial: PlannedTrial, shown: dict[tuple[int, Path], int], write: Callable[[str], None]
+) -> None:
     lead = sweep.plan.trial(sweep.plan.pack(trial.index)[0])  # by whose name a pack's lines are found
     for attempt, path, text in pieces(sweep.paths.logs, lead.trial):
         before = shown.get((attempt, path), 0)

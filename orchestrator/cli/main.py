@@ -10,35 +10,24 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator import __version__
+from orchestrator.cli.lab import lab
 from orchestrator.errors import OrcError, Preempted, SweepFileError, TrialsFailed
 
 if TYPE_CHECKING:
-    from typing import Literal, Unpack
+    from typing import Literal
 
-    from orchestrator.cli.prepare import Intake
+    from orchestrator.cli.prepare import PreparedSweep
     from orchestrator.core.atomic import Json
-    from orchestrator.slurm.lab import Lab
-    from orchestrator.slurm.ledger import Part
+    from orchestrator.slurm.ledger import SubmissionPart
     from orchestrator.slurm.submit import Receipt
     from orchestrator.sweep import Sweep
 
 __all__ = ["cli", "main"]
-
-
-class LabSettings(TypedDict):
-    """Options of `orc lab up`."""
-
-    nodes: int
-    cpus: int
-    preempt_mode: Literal["REQUEUE", "CANCEL", "SUSPEND"]
-    grace_time_s: int
-    send_user_signal: bool
-    accounting: bool
 
 
 def _print_json(value: Json) -> None:
@@ -237,7 +226,7 @@ def _show_end(sweep: Sweep) -> None:
     _fail_if_failed(sweep)
 
 
-def _test_only(taken: Intake, runs: Path, workers: int | None) -> None:
+def _test_only(taken: PreparedSweep, runs: Path, workers: int | None) -> None:
     from orchestrator.core.paths import SweepPaths
     from orchestrator.slurm import submit as handing
 
@@ -246,7 +235,7 @@ def _test_only(taken: Intake, runs: Path, workers: int | None) -> None:
         click.echo(line)
 
 
-def _part(part: Part) -> str:
+def _part(part: SubmissionPart) -> str:
     if part.process is not None:
         return f"process {part.process.pid} on {part.process.host}"
     return f"{part.what} {part.job or ''}".rstrip()
@@ -412,11 +401,10 @@ def cancel(sweep: str | None, folder: Path | None) -> None:
 
     What is done stays; `orc resume` starts the rest again.
     """
-    from orchestrator.slurm import leftovers
-    from orchestrator.slurm import submit as handing
+    from orchestrator.slurm import jobs, leftovers
 
     found = _open(sweep, folder)
-    alive = handing.cancel(found.paths)
+    alive = jobs.cancel(found.paths)
     is_clean = leftovers.end(found.paths, _say)
     told = [one.job for one in alive if not one.is_elsewhere]
     _say(f"{found.id}: cancelled; told to end: {', '.join(told) or 'nothing, for nothing here was alive'}")
@@ -439,77 +427,7 @@ def schema() -> None:
     _print_json(load.json_schema())
 
 
-@cli.group()
-def lab() -> None:
-    """Run a private Slurm on this machine.
-
-    A real one, of several nodes, to try things on; the machine's own Slurm is not touched.
-    """
-
-
-_lab_dir = click.option(
-    "--dir",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="The lab's folder (default ~/.cache/orchestrator/lab).",
-)
-
-
-def _lab(folder: Path | None) -> Lab:
-    from orchestrator.slurm.lab import Lab, default_root
-
-    return Lab(folder or default_root())
-
-
-@lab.command()
-@_lab_dir
-@click.option("--nodes", default=4, show_default=True, help="Number of nodes.")
-@click.option("--cpus", default=4, show_default=True, help="Processors that each node claims to have.")
-@click.option(
-    "--preempt-mode",
-    type=click.Choice(["REQUEUE", "CANCEL", "SUSPEND"]),
-    default="REQUEUE",
-    show_default=True,
-    help="What happens to a preempted job.",
-)
-@click.option("--grace-time", "grace_time_s", default=10, show_default=True, help="GraceTime in seconds.")
-@click.option("--send-user-signal", is_flag=True, help="Preempted jobs get the signal of --signal at once.")
-@click.option("--accounting", is_flag=True, help="With slurmdbd over MariaDB, so that sacct works.")
-def up(folder: Path | None, **options: Unpack[LabSettings]) -> None:
-    """Start the lab: munge, slurmctld and several slurmd, in a folder of their own."""
-    from orchestrator.slurm.lab import LabOptions
-
-    found = _lab(folder)
-    began = found.up(LabOptions(**options))
-    _say("started" if began else "already up")
-    click.echo(str(found.status()))
-    _say(f'try it: eval "$(orc lab env{_lab_argument(folder)})"; sinfo')
-
-
-def _lab_argument(folder: Path | None) -> str:
-    return f" --dir {shlex.quote(str(folder))}" if folder else ""
-
-
-@lab.command()
-@_lab_dir
-def down(folder: Path | None) -> None:
-    """Stop the lab and everything that runs in it."""
-    _say("stopped" if _lab(folder).down() else "was not up")
-
-
-@lab.command(name="status")
-@_lab_dir
-def lab_status(folder: Path | None) -> None:
-    """Show whether the lab is up, its nodes and its jobs."""
-    click.echo(str(_lab(folder).status()))
-
-
-@lab.command()
-@_lab_dir
-def env(folder: Path | None) -> None:
-    """Print what a shell needs so that sbatch and squeue talk to the lab; for `eval`."""
-    for name, value in _lab(folder).env().items():
-        click.echo(f"export {name}={shlex.quote(value)}")
+cli.add_command(lab)
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from orchestrator.cli import tables
 from orchestrator.config.spec import Launch
 from orchestrator.core.paths import SweepPaths
 from orchestrator.slurm import submission as handover
-from orchestrator.slurm.ledger import Part, Submission
+from orchestrator.slurm.ledger import Submission, SubmissionPart
 
 if TYPE_CHECKING:
-    from orchestrator.cli.prepare import Intake
+    from orchestrator.cli.prepare import PreparedSweep
     from orchestrator.config.plan import SweepPlan
     from orchestrator.core.atomic import JsonObject
 
@@ -23,12 +23,12 @@ _SHOWN = 5
 _NO_TOKEN = "0" * 32
 
 
-def as_json(taken: Intake) -> JsonObject:
+def as_json(taken: PreparedSweep) -> JsonObject:
     """What `orc plan --json` shows: the sweep's id, and every trial."""
     return {"sweep": taken.plan.id, "trials": [trial.to_json() for trial in taken.plan]}
 
 
-def text(taken: Intake) -> str:
+def text(taken: PreparedSweep) -> str:
     """The sweep in a few lines: how many trials in how many blocks, and the first of them."""
     plan, spec = taken.plan, taken.plan.spec
     size, count = plan.blocks
@@ -65,10 +65,10 @@ def _width(launch: Launch) -> str:
     return threads if launch.num_ranks == 1 else f"{tables.plural(launch.num_ranks, 'rank')} of {threads}"
 
 
-def scripts(taken: Intake, runs: Path) -> str:
+def scripts(taken: PreparedSweep, runs: Path) -> str:
     """The sbatch scripts that a submission would hand over, one array of workers and the reducers."""
     plan = taken.plan
-    workers = Part(what="workers-0", num_workers=plan.blocks.num_blocks)
+    workers = SubmissionPart(what="workers-0", num_workers=plan.blocks.num_blocks)
     parts = (workers, *handover.reducers(plan.spec, plan.num_trials))
     submission = Submission(token=_NO_TOKEN, epoch=0, on="slurm", host="", parts=parts)
     paths = SweepPaths(runs / plan.id)

@@ -12,13 +12,13 @@ from orchestrator.config.plan import SweepPlan
 from orchestrator.config.spec import SweepSpec
 from orchestrator.core.paths import SweepPaths
 from orchestrator.errors import ProgramError
-from orchestrator.slurm import submit
+from orchestrator.slurm import sweep_folder
 
-__all__ = ["Intake", "read"]
+__all__ = ["PreparedSweep", "read"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Intake:
+class PreparedSweep:
     """A sweep that is read and checked.
 
     Args:
@@ -49,10 +49,10 @@ class Intake:
         Raises:
             FolderError: `runs` is not writable, or the folder is somebody else's.
         """
-        return submit.prepare(self.plan, self.snapshot, self.sweep_file, runs)
+        return sweep_folder.prepare(self.plan, self.snapshot, self.sweep_file, runs)
 
 
-def read(path: Path, overrides: list[str], *, runs: Path) -> Intake:
+def read(path: Path, overrides: list[str], *, runs: Path) -> PreparedSweep:
     """Read a sweep file and the code that it names.
 
     Args:
@@ -76,7 +76,7 @@ def read(path: Path, overrides: list[str], *, runs: Path) -> Intake:
     if file is not None and spec.program is not None:
         _, colon, function = spec.program.partition(":")
         spec = replace(spec, program=f"{snapshot.program}{colon}{function}")
-    return Intake(
+    return PreparedSweep(
         plan=SweepPlan(spec=spec, code=snapshot.digest, packed_by=packed_by),
         snapshot=snapshot,
         sweep_file=path.read_bytes(),

@@ -21,14 +21,15 @@ from orchestrator.core.process import Process
 from orchestrator.errors import FolderError, OrcError, Preempted, ProgramError, SlurmUnreachable, UsageError
 from orchestrator.results import reducer
 from orchestrator.results.records import Status
-from orchestrator.slurm import ledger, leftovers, submit
-from orchestrator.slurm.resubmit import Tender, end_waits
+from orchestrator.slurm import jobs, ledger, leftovers, submit
+from orchestrator.slurm.resubmit import Resubmitter, end_waits
 from orchestrator.sweep import Sweep
 
 if TYPE_CHECKING:
-    from orchestrator.cli.prepare import Intake
+    from orchestrator.cli.prepare import PreparedSweep
     from orchestrator.core.atomic import Json
-    from orchestrator.slurm.submit import Live, Receipt
+    from orchestrator.slurm.jobs import Live
+    from orchestrator.slurm.submit import Receipt
 
 __all__ = ["follow", "hand_over", "other_code", "resume", "run"]
 
@@ -38,7 +39,7 @@ _SHOWN_CHANGES = 8
 _LOOK_S = 1.0
 
 
-def run(taken: Intake, runs: Path, *, workers: int | None) -> Sweep:
+def run(taken: PreparedSweep, runs: Path, *, workers: int | None) -> Sweep:
     """Run all trials here and return when none is left; one that was run before goes on where it stopped.
 
     Raises:
@@ -76,13 +77,13 @@ def _reduce(sweep: Sweep) -> None:
     if sweep.fold.num_missing or reducer.is_reduced(sweep.paths, sweep.plan, sweep.fold):
         return
     try:
-        alone = not submit.live(sweep.paths)
+        alone = not jobs.live(sweep.paths)
     except SlurmUnreachable:
         alone = False
     reducer.reduce(sweep.paths, wait_s=0.0, alone=alone)
 
 
-def other_code(taken: Intake, runs: Path) -> tuple[str, list[str]] | None:
+def other_code(taken: PreparedSweep, runs: Path) -> tuple[str, list[str]] | None:
     """The newest sweep that differs from this one in code only: its id, and a line for each file that differs."""
     from orchestrator.config.snapshot import Manifest
 
@@ -95,7 +96,7 @@ def other_code(taken: Intake, runs: Path) -> tuple[str, list[str]] | None:
     return None
 
 
-def _warn_of_other_code(taken: Intake, runs: Path, *, is_new: bool) -> None:
+def _warn_of_other_code(taken: PreparedSweep, runs: Path, *, is_new: bool) -> None:
     """Whoever meant to go on with an earlier sweep must learn that this is another one, and why."""
     if not is_new or (found := other_code(taken, runs)) is None:
         return
@@ -112,7 +113,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _process(sweep: Sweep, taken: Intake, workers: int | None) -> Process | None:
+def _process(sweep: Sweep, taken: PreparedSweep, workers: int | None) -> Process | None:
     """The process that works on the sweep: one that is there already, or a new one; None when nothing is left to do."""
     if not sweep.fold.num_missing:
         return None
@@ -184,7 +185,7 @@ def _written(sweep: Sweep, tokens: set[str]) -> dict[str, int]:
     return {name: sweep.paths.record(name).stat().st_size for name in mine}
 
 
-def _check_end(sweep: Sweep, taken: Intake, *, is_new: bool) -> None:
+def _check_end(sweep: Sweep, taken: PreparedSweep, *, is_new: bool) -> None:
     """The process has ended: when it could not even begin, say why."""
     if not sweep.fold.num_missing:
         return
@@ -208,7 +209,7 @@ def _last_words(sweep: Sweep) -> str:
     return log.read_bytes()[-_SHOWN_BYTES:].decode(errors="replace").strip() if log and log.exists() else ""
 
 
-def hand_over(taken: Intake, runs: Path, *, on: ledger.On, workers: int | None) -> tuple[Sweep, Receipt]:
+def hand_over(taken: PreparedSweep, runs: Path, *, on: ledger.On, workers: int | None) -> tuple[Sweep, Receipt]:
     """Check the program, make the sweep's folder, and submit; a folder whose submission never began is not left.
 
     Raises:
@@ -279,7 +280,7 @@ def follow(
 
     try:
         _say(f"{sweep.id}: watching it to its end; Ctrl-C ends the watching, not the sweep")
-        watch(sweep, Tender(sweep, again=again, say=_say, retries=failed).is_over)
+        watch(sweep, Resubmitter(sweep, again=again, say=_say, retries=failed).is_over)
         _reduce(sweep)
     except KeyboardInterrupt:
         raise Preempted(

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import orjson
 
 from orchestrator.core.atomic import Json, JsonObject
-from orchestrator.sweep import Best, Job, Standing, Sweep
+from orchestrator.sweep import Best, JobStatus, Standing, Sweep
 
 if TYPE_CHECKING:
     from orchestrator.results.curves import Curve
     from orchestrator.results.effects import Effect, Level
-    from orchestrator.stats.summary import Statistics
+    from orchestrator.stats.statistics import Statistics
 
 __all__ = [
     "best",
@@ -242,7 +242,7 @@ def _doubts(found: Standing) -> list[str]:
     return lines + [f"  mixed hardware or versions: bytes not promised ({text})" for text in found.mixed]
 
 
-def _whole(one: Job) -> str:
+def _whole(one: JobStatus) -> str:
     """A job as Slurm's commands take it: an element of an array with its array."""
     return f"{one.job}_{one.task}" if one.task.isdigit() else one.job
 

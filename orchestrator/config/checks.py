@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import cast
 
 from orchestrator.config.distributions import ENUMERABLE, NAME, faults, infer, same
-from orchestrator.config.document import Sheet, parameter_paths
+from orchestrator.config.document import SweepDocument, parameter_paths
 from orchestrator.config.spec import Interval
 from orchestrator.config.yaml12 import Path
 from orchestrator.core.atomic import Json, JsonObject
@@ -35,14 +35,14 @@ _MACROS = (
 )
 
 
-def _check_name(sheet: Sheet) -> None:
+def _check_name(sheet: SweepDocument) -> None:
     name = sheet.tree["name"]
     if isinstance(name, str) and not re.fullmatch(SWEEP_NAME, name):
         allowed = "expected 1 to 64 of A-Z a-z 0-9 . _ -, not beginning with a dot or a dash"
         sheet.blame(("name",), f"found {describe(name)}, {allowed}")
 
 
-def _check_program(sheet: Sheet) -> None:
+def _check_program(sheet: SweepDocument) -> None:
     program, command = sheet.tree.get("program"), sheet.tree.get("command")
     if program is None and command is None:
         sheet.blame((), "neither program nor command is given, expected one of them")
@@ -53,7 +53,7 @@ def _check_program(sheet: Sheet) -> None:
         _check_command(sheet, command, program)
 
 
-def _check_command(sheet: Sheet, command: list[Json], program: Json) -> None:
+def _check_command(sheet: SweepDocument, command: list[Json], program: Json) -> None:
     if not command:
         sheet.blame(("command",), "found an empty list, expected a program and its arguments")
     words = [word for word in command if isinstance(word, str)]
@@ -72,13 +72,15 @@ def _check_command(sheet: Sheet, command: list[Json], program: Json) -> None:
                 sheet.blame(("command", i), f"unknown macro ${{{macro}}}; did you mean '${{{near}}}'?")
 
 
-def _check_parameters(sheet: Sheet) -> None:
+def _check_parameters(sheet: SweepDocument) -> None:
     parameters = sheet.tree.get("parameters")
     if isinstance(parameters, dict):
         _check_group(sheet, parameters, ("parameters",), (), Counter())
 
 
-def _check_group(sheet: Sheet, group: JsonObject, path: Path, above: tuple[str, ...], seen: Counter[str]) -> None:
+def _check_group(
+    sheet: SweepDocument, group: JsonObject, path: Path, above: tuple[str, ...], seen: Counter[str]
+) -> None:
     if not group:
         sheet.blame(path, "found an empty mapping, expected at least one parameter")
     for name, config in group.items():
@@ -102,7 +104,9 @@ def _short(config: Json) -> str:
     return "0.1" if config is None or isinstance(config, list) else json.dumps(config)
 
 
-def _check_nested(sheet: Sheet, config: JsonObject, path: Path, above: tuple[str, ...], seen: Counter[str]) -> None:
+def _check_nested(
+    sheet: SweepDocument, config: JsonObject, path: Path, above: tuple[str, ...], seen: Counter[str]
+) -> None:
     for key in config:
         if key != "parameters":
             sheet.blame((*path, key), "a parameter with nested parameters has no other key", key=True)
@@ -113,7 +117,7 @@ def _check_nested(sheet: Sheet, config: JsonObject, path: Path, above: tuple[str
         sheet.blame((*path, "parameters"), f"found {describe(inner)}, expected a mapping")
 
 
-def _check_parameter(sheet: Sheet, config: JsonObject, path: Path) -> None:
+def _check_parameter(sheet: SweepDocument, config: JsonObject, path: Path) -> None:
     found = faults(config)
     for fault in found:
         sheet.blame((*path, *fault.path), fault.text, key=fault.key)
@@ -127,7 +131,7 @@ def _check_parameter(sheet: Sheet, config: JsonObject, path: Path) -> None:
         _check_repeated(sheet, cast("list[Json]", config["values"]), (*path, "values"))
 
 
-def _check_repeated(sheet: Sheet, values: list[Json], path: Path) -> None:
+def _check_repeated(sheet: SweepDocument, values: list[Json], path: Path) -> None:
     for i, value in enumerate(values):
         first = next((j for j in range(i) if same(values[j], value)), None)
         if first is not None:
@@ -135,19 +139,19 @@ def _check_repeated(sheet: Sheet, values: list[Json], path: Path) -> None:
             sheet.blame((*path, i), f"found {describe(value)}, {again}")
 
 
-def _zip_groups(sheet: Sheet) -> list[list[str]]:
+def _zip_groups(sheet: SweepDocument) -> list[list[str]]:
     groups = sheet.tree.get("zip")
     if not isinstance(groups, list):
         return []
     return [[str(name) for name in group] if isinstance(group, list) else [] for group in groups]
 
 
-def _zipped_paths(sheet: Sheet) -> set[Path]:
+def _zipped_paths(sheet: SweepDocument) -> set[Path]:
     known = dict(parameter_paths(sheet.tree.get("parameters"), ("parameters",)))
     return {known[name] for group in _zip_groups(sheet) for name in group if name in known}
 
 
-def _check_zip(sheet: Sheet) -> None:
+def _check_zip(sheet: SweepDocument) -> None:
     groups = _zip_groups(sheet)
     if groups and sheet.tree.get("method") == "random":
         sheet.blame(("zip",), "parameters drawn at random can't advance together, expected method: grid", key=True)
@@ -178,7 +182,7 @@ def _value_counts(parameters: Json, above: str = "") -> Iterator[tuple[str, int]
         yield from _value_counts(config.get("parameters"), f"{above}{name}.")
 
 
-def _check_size(sheet: Sheet) -> None:
+def _check_size(sheet: SweepDocument) -> None:
     """Run last among the checks of trials' number; counts only what is otherwise good."""
     method, cap = sheet.tree.get("method"), sheet.tree.get("run_cap")
     if method == "random" and cap is None:
@@ -187,7 +191,7 @@ def _check_size(sheet: Sheet) -> None:
         sheet.blame(("run_cap",), f"found {describe(cap)}, expected at most {MAX_TRIALS:,}")
 
 
-def _check_env(sheet: Sheet) -> None:
+def _check_env(sheet: SweepDocument) -> None:
     env = sheet.tree.get("env")
     for name, value in env.items() if isinstance(env, dict) else ():
         path = ("env", name)
@@ -202,7 +206,7 @@ def _check_env(sheet: Sheet) -> None:
             sheet.blame(path, f"found {describe(value)}, expected a string{remedy}")
 
 
-def _check_launch(sheet: Sheet) -> None:
+def _check_launch(sheet: SweepDocument) -> None:
     launch = sheet.tree.get("launch")
     if not isinstance(launch, dict):
         return
@@ -215,7 +219,7 @@ def _check_launch(sheet: Sheet) -> None:
             sheet.blame(("launch", key), f"found {describe(value)}, expected a name or path")
 
 
-def _check_pack(sheet: Sheet) -> None:
+def _check_pack(sheet: SweepDocument) -> None:
     launch = sheet.tree.get("launch")
     pack = launch.get("pack") if isinstance(launch, dict) else None
     if not isinstance(launch, dict) or not isinstance(pack, int) or pack <= 1:
@@ -230,7 +234,7 @@ def _check_pack(sheet: Sheet) -> None:
         sheet.blame(("launch", "pack"), f"found {pack}, expected at most launch.trials_per_task, {size}: {remedy}")
 
 
-def _check_size_of_job(sheet: Sheet) -> None:
+def _check_size_of_job(sheet: SweepDocument) -> None:
     launch, options = sheet.tree.get("launch"), sheet.tree.get("slurm")
     if not isinstance(launch, dict):
         return
@@ -246,7 +250,7 @@ def _check_size_of_job(sheet: Sheet) -> None:
             sheet.blame(("slurm", name), f"is given, expected launch.nodes: {nodes} alone to say it", key=True)
 
 
-def _check_checkpoint(sheet: Sheet) -> None:
+def _check_checkpoint(sheet: SweepDocument) -> None:
     section = sheet.tree.get("checkpoint")
     every = section.get("every") if isinstance(section, dict) else None
     if not isinstance(every, str):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
@@ -28,18 +28,7 @@ from typing import NamedTuple, TypeAlias, cast
 from orchestrator.core.atomic import Json, JsonObject, canonical
 from orchestrator.core.text import describe, did_you_mean
 
-__all__ = [
-    "DISTRIBUTIONS",
-    "ENUMERABLE",
-    "NAME",
-    "Grid",
-    "Kind",
-    "faults",
-    "infer",
-    "leaves",
-    "random_points",
-    "trial_seed",
-]
+__all__ = ["DISTRIBUTIONS", "ENUMERABLE", "NAME", "Kind", "faults", "infer", "leaves", "random_points", "trial_seed"]
 
 Path: TypeAlias = tuple[str, ...]
 Draw: TypeAlias = Callable[[int], Json]
@@ -68,12 +57,12 @@ def _unit(word: int) -> float:
     return ((word >> (_WORD_BITS - 52)) + 0.5) * 2.0**-52
 
 
-def _number(config: JsonObject, key: str) -> float:
+def number(config: JsonObject, key: str) -> float:
     return cast("float", config[key])
 
 
 def _uniform(config: JsonObject) -> Callable[[int], float]:
-    low, high = float(_number(config, "min")), float(_number(config, "max"))
+    low, high = float(number(config, "min")), float(number(config, "max"))
     if math.isinf(high - low):
         raise OverflowError
     return lambda word: min(low + (high - low) * _unit(word), high)
@@ -85,21 +74,21 @@ def _log_uniform(config: JsonObject) -> Callable[[int], float]:
 
 
 def _log_uniform_values(config: JsonObject) -> Callable[[int], float]:
-    low, high = _number(config, "min"), _number(config, "max")
+    low, high = number(config, "min"), number(config, "max")
     exponent = _uniform({"min": math.log(low), "max": math.log(high)})
     # exp(log(x)) may miss x by a bit; no value leaves the limits that the user wrote.
     return lambda word: min(max(math.exp(exponent(word)), float(low)), float(high))
 
 
 def _inv_log_uniform(config: JsonObject) -> Callable[[int], float]:
-    low, high = _number(config, "min"), _number(config, "max")
+    low, high = number(config, "min"), number(config, "max")
     return lambda word: math.exp(-(low + (1 - _unit(word)) * (high - low)))
 
 
 def _normal(config: JsonObject) -> Callable[[int], float]:
     from statistics import NormalDist  # 10 ms, and few sweeps want it
 
-    mu, sigma, standard = _number(config, "mu"), _number(config, "sigma"), NormalDist()
+    mu, sigma, standard = number(config, "mu"), number(config, "sigma"), NormalDist()
     return lambda word: mu + sigma * standard.inv_cdf(_unit(word))
 
 
@@ -108,10 +97,15 @@ def _log_normal(config: JsonObject) -> Callable[[int], float]:
     return lambda word: math.exp(exponent(word))
 
 
+_MOST_SHAPE = 1e300
+
+
 def _beta(config: JsonObject) -> Callable[[int], float]:
     from random import Random
 
-    a, b = _number(config, "a"), _number(config, "b")
+    a, b = number(config, "a"), number(config, "b")
+    if max(a, b) > _MOST_SHAPE:
+        raise OverflowError("random.betavariate would try for ever: half of its numbers overflow")
     return lambda word: Random(word).betavariate(a, b)
 
 
@@ -125,7 +119,7 @@ def _multiple(step: float) -> Callable[[int], int | float]:
 
 def _quantised(base: Callable[[JsonObject], Callable[[int], float]]) -> Callable[[JsonObject], Draw]:
     def build(config: JsonObject) -> Draw:
-        step, draw = _number(config, "q"), base(config)
+        step, draw = number(config, "q"), base(config)
         multiple = _multiple(step)
         return lambda word: multiple(round(draw(word) / step))
 
@@ -233,7 +227,7 @@ def _filled(config: JsonObject) -> tuple[Kind, JsonObject]:
     return DISTRIBUTIONS[name], {**DISTRIBUTIONS[name].defaults, **config}
 
 
-def _nest(point: JsonObject, path: Path, value: Json) -> None:
+def nest(point: JsonObject, path: Path, value: Json) -> None:
     for name in path[:-1]:
         point = cast("JsonObject", point.setdefault(name, {}))
     point[path[-1]] = value
@@ -274,93 +268,13 @@ def random_points(parameters: JsonObject, seed: int) -> Callable[[int], JsonObje
     def point(index: int) -> JsonObject:
         values: JsonObject = {}
         for path, draw, word in streams:
-            _nest(values, path, draw(word(index)))
+            nest(values, path, draw(word(index)))
         return values
 
     return point
 
 
 # Grids
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """One parameter of a grid, or several that advance together: `count` places, `at(k)` the values of place k."""
-
-    paths: tuple[Path, ...]
-    count: int
-    at: Callable[[int], tuple[Json, ...]]
-
-
-def _levels(config: JsonObject) -> tuple[int, Callable[[int], Json]]:
-    """How many values a parameter goes through, and the k-th."""
-    name = infer(config)
-    if name == "constant":
-        return 1, lambda _: config["value"]
-    if name == "categorical":
-        values = cast("list[Json]", config["values"])
-        return len(values), values.__getitem__
-    low, high = _number(config, "min"), _number(config, "max")
-    if name == "int_uniform":
-        return int(high - low + 1), lambda k: int(low) + k
-    assert name == "q_uniform", config
-    return _steps(low, high, cast("float", config.get("q", 1)))
-
-
-def _steps(low: float, high: float, step: float) -> tuple[int, Callable[[int], Json]]:
-    from decimal import ROUND_CEILING, Decimal
-
-    first, stride = Decimal(repr(low)), Decimal(repr(step))
-    count = max(1, int(((Decimal(repr(high)) - first) / stride).to_integral_value(ROUND_CEILING)))
-    if isinstance(low, int) and isinstance(step, int):
-        return count, lambda k: low + k * step
-    return count, lambda k: float(first + k * stride)
-
-
-def _axis(group: Sequence[tuple[Path, JsonObject]]) -> Axis:
-    counts, places = zip(*(_levels(config) for _, config in group), strict=True)
-    assert len(set(counts)) == 1, group
-    return Axis(
-        paths=tuple(path for path, _ in group), count=counts[0], at=lambda k: tuple(place(k) for place in places)
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
-    """The Cartesian product of axes, the last one fastest; never laid out in memory."""
-
-    axes: tuple[Axis, ...]
-
-    @classmethod
-    def of(cls, parameters: JsonObject, zipped: Sequence[Sequence[str]] = ()) -> Grid:
-        """The grid of faultless `parameters`, in the order of their paths, so that it does not depend on the file's.
-
-        Args:
-            parameters: as in a sweep file, all of them `ENUMERABLE`.
-            zipped: groups of dotted paths, each of as many values as the others of its group; a group stands where the
-                first of its paths does.
-        """
-        ordered = sorted(leaves(parameters), key=lambda leaf: leaf[0])
-        group_of = {name: tuple(group) for group in zipped for name in group}
-        groups: dict[Path, list[tuple[Path, JsonObject]]] = {}
-        for path, config in ordered:
-            name = ".".join(path)
-            groups.setdefault(group_of.get(name, (name,)), []).append((path, config))
-        return cls(axes=tuple(map(_axis, groups.values())))
-
-    @property
-    def size(self) -> int:
-        """How many configurations there are."""
-        return math.prod(axis.count for axis in self.axes)
-
-    def point(self, index: int) -> JsonObject:
-        """Configuration `index`, in steps proportional to the number of parameters."""
-        values: JsonObject = {}
-        for axis in reversed(self.axes):
-            index, place = divmod(index, axis.count)
-            for path, value in zip(axis.paths, axis.at(place), strict=True):
-                _nest(values, path, value)
-        return values
 
 
 # What can be wrong with a parameter
@@ -443,9 +357,9 @@ def _value_faults(kind: Kind, config: JsonObject, name: str) -> list[Fault]:
     """Faults between keys that are each of the right type."""
     found = list(_limit_faults(config, name))
     for key in kind.keys:
-        if key in ("q", "a", "b") and _number(config, key) <= 0:
+        if key in ("q", "a", "b") and number(config, key) <= 0:
             found += [Fault((key,), f"found {describe(config[key])}, expected a number above 0")]
-    if "sigma" in config and _number(config, "sigma") < 0:
+    if "sigma" in config and number(config, "sigma") < 0:
         found += [Fault(("sigma",), f"found {describe(config['sigma'])}, expected a number that is not negative")]
     if name == "categorical_w_probabilities":
         found += _probability_faults(config)
@@ -455,7 +369,7 @@ def _value_faults(kind: Kind, config: JsonObject, name: str) -> list[Fault]:
 def _limit_faults(config: JsonObject, name: str) -> Iterator[Fault]:
     if "min" not in config:
         return
-    low, high = _number(config, "min"), _number(config, "max")
+    low, high = number(config, "min"), number(config, "max")
     if name.endswith("log_uniform_values") and low <= 0:
         reason = f"{name} is uniform in the logarithm"
         yield Fault(("min",), f"found {describe(config['min'])}, expected a number above 0: {reason}")

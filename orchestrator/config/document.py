@@ -9,10 +9,10 @@ from orchestrator.core.atomic import Json, JsonObject
 from orchestrator.core.text import describe
 from orchestrator.errors import SweepFileError
 
-__all__ = ["Sheet", "dotted", "parameter_paths"]
+__all__ = ["HARMLESS", "HARMLESS_IN_METRIC", "REFUSED", "SweepDocument", "dotted", "parameter_paths", "set_aside"]
 
 
-class Sheet:
+class SweepDocument:
     """The tree of a sweep file, where each value came from, and every problem found so far."""
 
     def __init__(self, file: str, document: Document, arguments: Sequence[str] = ()) -> None:
@@ -87,3 +87,34 @@ def parameter_paths(parameters: Json, above: Path) -> Iterator[tuple[str, Path]]
         if isinstance(config, dict):
             for inner, path in parameter_paths(config.get("parameters"), (*above, name, "parameters")):
                 yield f"{name}.{inner}", path
+
+
+HARMLESS = ("apiVersion", "kind", "controller", "project", "entity")
+
+
+HARMLESS_IN_METRIC = ("impute", "impute_while_running")
+
+
+REFUSED: dict[Path, str] = {
+    ("early_terminate",): "stopping trials early is not available yet; without this key every trial runs to its end",
+    ("metrics",): "several objectives are not available; give one as metric",
+    ("scheduler",): "schedulers of one's own are not available; give method: grid or random",
+    ("job",): "W&B's launch jobs are not available; give program or command",
+    ("image_uri",): "W&B's launch images are not available; give program or command, and launch.apptainer for an image",
+    ("metric", "target"): "ending a sweep at a target is not available; without this key every trial runs",
+}
+
+
+def set_aside(sheet: SweepDocument) -> None:
+    """Take out W&B's keys that mean nothing here, and refuse those that would change the result."""
+    for key in HARMLESS:
+        sheet.tree.pop(key, None)
+    metric = sheet.tree.get("metric")
+    for path, reason in REFUSED.items():
+        section = sheet.tree if len(path) == 1 else metric
+        if isinstance(section, dict) and str(path[-1]) in section:
+            sheet.blame(path, reason, key=True)
+            del section[str(path[-1])]
+    if isinstance(metric, dict):
+        for key in HARMLESS_IN_METRIC:
+            metric.pop(key, None)

@@ -5,12 +5,11 @@
     json_schema()                               for editors
 
     yaml12       text to JSON, and the place of every value
-    sheet        that tree, and the problems found in it
+    document     that tree, and the problems found in it; W&B's keys that have no place here
     overrides    `key=value` laid over it
-    foreign      W&B's keys that have no place here
     schema       types, by pydantic
     checks       what types can't say; parameters are checked by `orchestrator.config.distributions`
-    options      the `slurm:` section
+    slurm_options    the `slurm:` section
 
 A problem reads `file:line:column: key: what was found, what is allowed`, or `argument 'key=value': key: ...` when an
 override brought it.
@@ -25,9 +24,8 @@ from pathlib import Path
 import pydantic
 
 from orchestrator.config.checks import CHECKS, MAX_TRIALS
-from orchestrator.config.distributions import Grid
-from orchestrator.config.document import Sheet
-from orchestrator.config.foreign import set_aside
+from orchestrator.config.document import SweepDocument, set_aside
+from orchestrator.config.grid import Grid
 from orchestrator.config.overrides import override
 from orchestrator.config.schema import json_schema, typed
 from orchestrator.config.slurm_options import check_slurm
@@ -79,7 +77,7 @@ def parse(text: str, *, file: str = "sweep.yaml", overrides: Sequence[str] = ())
     Raises:
         SweepFileError: every problem that there is.
     """
-    sheet = Sheet(file, _document(text, file), overrides)
+    sheet = SweepDocument(file, _document(text, file), overrides)
     for argument in overrides:
         override(sheet, argument)
     set_aside(sheet)
@@ -96,7 +94,7 @@ def parse(text: str, *, file: str = "sweep.yaml", overrides: Sequence[str] = ())
     return spec
 
 
-def _check_grid(sheet: Sheet, spec: SweepSpec) -> None:
+def _check_grid(sheet: SweepDocument, spec: SweepSpec) -> None:
     """A grid's size is known only once all else is good."""
     if spec.method == "random" or spec.run_cap is not None:
         return

@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import cast
 
-from orchestrator.config.document import Sheet, parameter_paths
-from orchestrator.config.foreign import HARMLESS, REFUSED
+from orchestrator.config.document import HARMLESS, REFUSED, SweepDocument, parameter_paths
 from orchestrator.config.spec import SweepSpec
 from orchestrator.config.yaml12 import YamlError, parse
 from orchestrator.core.atomic import Json
@@ -21,7 +20,7 @@ from orchestrator.core.text import did_you_mean
 __all__ = ["override"]
 
 
-def override(sheet: Sheet, argument: str) -> None:
+def override(sheet: SweepDocument, argument: str) -> None:
     """Lay `argument` over the sheet, or note what is wrong with it."""
     key, equals, text = argument.partition("=")
     if not equals or not key:
@@ -38,7 +37,7 @@ def override(sheet: Sheet, argument: str) -> None:
     return _place_override(sheet, argument, key, items if several else items[0] if items else None, several=several)
 
 
-def _place_override(sheet: Sheet, argument: str, key: str, value: Json, *, several: bool) -> None:
+def _place_override(sheet: SweepDocument, argument: str, key: str, value: Json, *, several: bool) -> None:
     known = dict(parameter_paths(sheet.tree.get("parameters"), ("parameters",)))
     name = key.removeprefix("parameters.")
     top = {f.name for f in fields(SweepSpec)} | {*HARMLESS, *(path[0] for path in REFUSED)}

@@ -23,14 +23,14 @@ from orchestrator.config.spec import SweepSpec
 from orchestrator.core.atomic import JsonObject, canonical, write_lines
 from orchestrator.errors import FolderError
 
-__all__ = ["SCHEMA", "Blocks", "Pack", "PlanFile", "SweepPlan", "Trial", "blocks", "packs", "write_plan"]
+__all__ = ["SCHEMA", "Blocks", "Pack", "PlanFile", "PlannedTrial", "SweepPlan", "blocks", "packs", "write_plan"]
 
 SCHEMA = 1
 """Version of everything in a sweep's folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class PlannedTrial:
     """One configuration with its seed.
 
     Args:
@@ -55,7 +55,8 @@ _TRIAL_KEYS = {"index", "trial", "params", "seed"}
 
 def _points(spec: SweepSpec) -> Callable[[int], JsonObject]:
     # Imported by whoever plans; reading a plan back does not need it, and must be quick.
-    from orchestrator.config.distributions import Grid, random_points
+    from orchestrator.config.distributions import random_points
+    from orchestrator.config.grid import Grid
 
     if spec.method == "grid":
         return Grid.of(spec.parameters, spec.zip).point
@@ -96,18 +97,18 @@ class SweepPlan:
         if self.spec.method == "random":
             assert self.spec.run_cap is not None
             return self.spec.run_cap
-        from orchestrator.config.distributions import Grid
+        from orchestrator.config.grid import Grid
 
         size = Grid.of(self.spec.parameters, self.spec.zip).size * self.spec.repeats
         return size if self.spec.run_cap is None else min(size, self.spec.run_cap)
 
-    def trial(self, index: int) -> Trial:
+    def trial(self, index: int) -> PlannedTrial:
         """Trial `index`: repeat `index % repeats` of configuration `index // repeats`."""
         params, seed = self._point(index // self.spec.repeats), self._seed(self.spec.seed, index)
         digest = sha256(canonical({"params": params, "seed": seed})).hexdigest()
-        return Trial(index=index, trial=f"{index}-{digest[:8]}", params=params, seed=seed)
+        return PlannedTrial(index=index, trial=f"{index}-{digest[:8]}", params=params, seed=seed)
 
-    def __iter__(self) -> Iterator[Trial]:
+    def __iter__(self) -> Iterator[PlannedTrial]:
         return map(self.trial, range(self.num_trials))
 
     @property
@@ -147,7 +148,7 @@ Pack: TypeAlias = "tuple[int, ...]"
 """Indices of the trials that train together, each at its place."""
 
 
-def packs(trials: Iterable[Trial], packed_by: Iterable[str], most: int) -> list[Pack]:
+def packs(trials: Iterable[PlannedTrial], packed_by: Iterable[str], most: int) -> list[Pack]:
     """The packs of a block, in the order of their first trials.
 
     Trials with equal parameters of the names `packed_by` are gathered in their order, `most` to a pack.
@@ -230,7 +231,7 @@ class PlanFile:
         except OSError as error:
             raise FolderError(f"{path}: can't be read: {error.strerror}") from error
 
-    def trial(self, index: int) -> Trial:
+    def trial(self, index: int) -> PlannedTrial:
         """Trial `index`.
 
         Raises:
@@ -249,7 +250,7 @@ class PlanFile:
             low, high = (end, high) if trial.index < index else (low, start)
         raise self._damaged(f"trial {index} has no line")
 
-    def trials(self) -> Iterator[Trial]:
+    def trials(self) -> Iterator[PlannedTrial]:
         """Every trial, in order.
 
         Raises:
@@ -293,11 +294,11 @@ class PlanFile:
             raise self._damaged(f"no JSON object at byte {start}")
         return value
 
-    def _trial(self, start: int, end: int) -> Trial:
+    def _trial(self, start: int, end: int) -> PlannedTrial:
         line = self._object(start, end)
         if not isinstance(line.get("index"), int) or line.keys() != _TRIAL_KEYS:
             raise self._damaged(f"no trial at byte {start}")
-        return Trial(**line)  # type: ignore[arg-type]  # as Trial.to_json wrote it
+        return PlannedTrial(**line)  # type: ignore[arg-type]  # as Trial.to_json wrote it
 
     def _check_end(self) -> None:
         if self._data[-1:] != b"\n":

@@ -27,7 +27,7 @@ from orchestrator.config.snapshot import Lineage
 from orchestrator.core import guardian
 from orchestrator.errors import ProgramError
 
-__all__ = ["Job", "check", "load_job", "preload"]
+__all__ = ["LoadedJob", "check", "load_job", "preload"]
 
 _SHOWN_LINES = 20
 _END_S = 5.0
@@ -35,7 +35,7 @@ _OURS = "orchestrator"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class LoadedJob:
     """A user's job: its module, and its training function."""
 
     module: ModuleType
@@ -75,7 +75,7 @@ class FromSnapshot:
         return importlib.util.spec_from_file_location(name, twin, submodule_search_locations=inside)
 
 
-def load_job(code: Path, program: str, lineage: Lineage | None = None) -> Job:
+def load_job(code: Path, program: str, lineage: Lineage | None = None) -> LoadedJob:
     """Import a job from a code snapshot, which comes first on `sys.path`.
 
     Args:
@@ -103,7 +103,7 @@ def load_job(code: Path, program: str, lineage: Lineage | None = None) -> Job:
     train = getattr(module, function or "train")
     if not callable(train):
         raise TypeError(f"{program}: {function or 'train'} is not a function")
-    return Job(module, train)
+    return LoadedJob(module, train)
 
 
 def _import_file(code: Path, path: Path) -> ModuleType:
@@ -118,7 +118,7 @@ def _import_file(code: Path, path: Path) -> ModuleType:
     return module
 
 
-def preload(job: Job, *, ranks: int = 1) -> None:
+def preload(job: LoadedJob, *, ranks: int = 1) -> None:
     """Do once, before forking, what every trial would do by itself: `preload()` of the job, torch's lazy imports."""
     source = getattr(job.module, "__file__", None)
     if ranks > 1 or (source and "optim" in Path(source).read_text(errors="replace")):

@@ -12,9 +12,8 @@ from pydantic import ConfigDict, Field, JsonValue, create_model
 
 from orchestrator.config.checks import EVERY, SWEEP_NAME
 from orchestrator.config.distributions import DISTRIBUTIONS, NAME
-from orchestrator.config.document import Sheet
-from orchestrator.config.foreign import HARMLESS, HARMLESS_IN_METRIC
-from orchestrator.config.spec import Checkpoint, Launch, Metric, Reduce, Retries, SweepSpec
+from orchestrator.config.document import HARMLESS, HARMLESS_IN_METRIC, SweepDocument
+from orchestrator.config.spec import CheckpointOptions, Launch, Metric, Reduce, Retries, SweepSpec
 from orchestrator.config.yaml12 import Path
 from orchestrator.core.atomic import Json, JsonObject
 from orchestrator.core.text import describe, did_you_mean
@@ -69,7 +68,7 @@ _Reduce = _model(
     fan_in=Annotated[int, Field(ge=2)],
     slurm=_Mapping | None,
 )
-_Checkpoint = _model(Checkpoint, mtbf_s=_Seconds)
+_CheckpointOptions = _model(CheckpointOptions, mtbf_s=_Seconds)
 _File = _model(
     SweepSpec,
     name=Annotated[str, Field()],
@@ -83,7 +82,7 @@ _File = _model(
     slurm=_Mapping | None,
     launch=_Launch | None,
     reduce=_Reduce | None,
-    checkpoint=_Checkpoint | None,
+    checkpoint=_CheckpointOptions | None,
 )
 _SECTIONS: dict[Path, type] = {
     (): SweepSpec,
@@ -91,7 +90,7 @@ _SECTIONS: dict[Path, type] = {
     ("launch",): Launch,
     ("launch", "retries"): Retries,
     ("reduce",): Reduce,
-    ("checkpoint",): Checkpoint,
+    ("checkpoint",): CheckpointOptions,
 }
 
 
@@ -106,7 +105,7 @@ def json_schema() -> JsonObject:
     for holder in (properties, _object(_object(definitions["Reduce"])["properties"])):
         _set_values(holder["slurm"], {"type": ["string", "number", "boolean", "null"]})
     _set_values(properties["env"], {"type": "string"})
-    _object(_object(_object(definitions["Checkpoint"])["properties"])["every"])["pattern"] = f"^({EVERY})$"
+    _object(_object(_object(definitions["CheckpointOptions"])["properties"])["every"])["pattern"] = f"^({EVERY})$"
     definitions.update(_parameter_schemas())
     schema.update(
         title="Sweep file",
@@ -172,7 +171,7 @@ def _distribution_schema(name: str) -> JsonObject:
 # Errors of types, in our words
 
 
-def typed(sheet: Sheet) -> pydantic.BaseModel | None:
+def typed(sheet: SweepDocument) -> pydantic.BaseModel | None:
     """The sheet's tree with every type checked; None when something is of a wrong type, which is then noted."""
     try:
         # As JSON, because strict pydantic takes lists for tuples only there.
@@ -195,7 +194,7 @@ _EXPECTED = {
 }
 
 
-def _blame_type(sheet: Sheet, error: ErrorDetails) -> None:
+def _blame_type(sheet: SweepDocument, error: ErrorDetails) -> None:
     path, kind, found, context = error["loc"], error["type"], error["input"], error.get("ctx", {})
     section = _SECTIONS.get(path[:-1])
     if kind == "extra_forbidden" and section is not None:

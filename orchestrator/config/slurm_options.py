@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from orchestrator.config.document import Sheet
+from orchestrator.config.document import SweepDocument
 from orchestrator.core.atomic import Json
 from orchestrator.core.text import describe, nearest
 
@@ -51,7 +51,7 @@ _SHORT = {
 _SHORT |= {"p": "partition", "q": "qos", "t": "time", "w": "nodelist", "x": "exclude"}
 
 
-def check_slurm(sheet: Sheet, path: tuple[str, ...]) -> None:
+def check_slurm(sheet: SweepDocument, path: tuple[str, ...]) -> None:
     """Blame every option at `path` that is misspelt, owned by this package, or not a plain value."""
     section: Json = sheet.tree
     for part in path:

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar, cast
 
 from orchestrator.core.atomic import Json, JsonObject, canonical
 
-__all__ = ["Checkpoint", "Interval", "Launch", "Metric", "Reduce", "Retries", "SweepSpec"]
+__all__ = ["CheckpointOptions", "Interval", "Launch", "Metric", "Reduce", "Retries", "SweepSpec"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,7 @@ def _positive(number: N) -> N:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
+class CheckpointOptions:
     """How the state of a trial is kept while it runs. None of it has a say in what comes out.
 
     Args:
@@ -253,7 +253,7 @@ class SweepSpec:
     slurm: dict[str, Json] = field(default_factory=dict)
     launch: Launch = field(default_factory=Launch)
     reduce: Reduce = field(default_factory=Reduce)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
     def to_json(self) -> JsonObject:
         """The spec as JSON; `from_json` gives it back."""
@@ -275,7 +275,7 @@ class SweepSpec:
             "zip": tuple(tuple(group) for group in cast("list[list[str]]", value["zip"])),
             "launch": _launch(launch),
             "reduce": Reduce(**reduce),  # type: ignore[arg-type]  # as to_json wrote it
-            "checkpoint": Checkpoint(**cast("dict[str, str]", value.get("checkpoint", {}))),  # type: ignore[arg-type]
+            "checkpoint": CheckpointOptions(**cast("dict[str, str]", value.get("checkpoint", {}))),  # type: ignore[arg-type]
         }
         return cls(**typed)  # type: ignore[arg-type]  # as to_json wrote it
 

@@ -22,7 +22,6 @@ import contextlib
 import json
 import os
 import resource
-import select
 import signal
 import socket
 import sys
@@ -30,7 +29,8 @@ import time
 from collections.abc import Iterable
 from typing import NoReturn
 
-from orchestrator.core.process_tree import Ended, adopt_orphans, die_with_parent, end_descendants
+from orchestrator.core.process_tree import Ended, adopt_orphans, children_now, die_with_parent, end_descendants
+from orchestrator.core.signals import name_of, wait_readable
 
 __all__ = ["END", "begin", "end", "main", "stand_guard"]
 
@@ -65,6 +65,8 @@ def stand_guard(parents: Iterable[int], *, patience_s: float = 0.0, folder: str 
             handles.append(os.pidfd_open(pid))
     adopt_orphans()
     ours, theirs = socket.socketpair()
+    for end_ in (ours, theirs):
+        end_.settimeout(None)  # user code may have set a default
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARS)  # until there is someone to hear them
     me, ward = os.getpid(), os.fork()
     if ward == 0:
@@ -127,6 +129,8 @@ class _Guardian:
         self._folder = folder
         self._buffer = b""
         self._name = ""
+        self._is_told_to_end = False
+        self._unkillable: set[tuple[int, int]] = set()
         self._woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in _HEARS:
@@ -142,7 +146,7 @@ class _Guardian:
         self._reap()  # it may have ended before there was a handler
         while True:
             left_s = None if until is None else max(0.0, until - time.monotonic())
-            ready, _, _ = select.select(watched, [], [], left_s)
+            ready = wait_readable(watched, left_s)
             if left_s == 0.0:
                 self._end_all()
             if until is None and not self._parents.isdisjoint(ready):
@@ -169,6 +173,7 @@ class _Guardian:
         with contextlib.suppress(BlockingIOError):
             while some := os.read(self._woken, 4096):
                 numbers.update(some)
+        self._is_told_to_end = self._is_told_to_end or END in numbers
         for number, as_number in ((signal.SIGUSR1, signal.SIGUSR1), (END, signal.SIGKILL)):
             if number in numbers:
                 with contextlib.suppress(ProcessLookupError):  # it is not reaped yet, so the number is its own
@@ -180,7 +185,7 @@ class _Guardian:
         with contextlib.suppress(ChildProcessError):
             while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if ended.si_pid == self._ward:
-                    while select.select([self._requests], [], [], 0)[0] and self._on_requests():
+                    while wait_readable([self._requests], 0) and self._on_requests():
                         pass  # what it began just before
                 _, status = os.waitpid(ended.si_pid, 0)
                 if ended.si_pid == self._ward:
@@ -197,17 +202,25 @@ class _Guardian:
             if "begin" in message:
                 self._name = str(message["begin"])
             else:
-                self._tell(end_descendants(keep={self._ward}, grace_s=_GRACE_S))
+                self._end_rest()
                 self._name = ""
                 with contextlib.suppress(OSError):
                     os.write(self._requests, b"\n")
         return bool(some)
 
+    def _end_rest(self) -> None:
+        """End what the ward has left running, and tell what that was."""
+        if children_now() == frozenset({self._ward}):
+            return
+        ended = end_descendants(keep={self._ward}, ignore=self._unkillable, grace_s=_GRACE_S)
+        self._unkillable |= ended.unkillable  # waited for once, and told once
+        self._tell(ended)
+
     def _leave(self, status: int) -> NoReturn:
         number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        if self._name and number is not None:
-            self._say(f"the worker was killed by {_signal_name(number)}")
-        self._tell(end_descendants(grace_s=_GRACE_S))
+        if self._name and number is not None and not self._is_told_to_end:
+            self._say(f"the worker was killed by {name_of(number)}")
+        self._tell(end_descendants(ignore=self._unkillable, grace_s=_GRACE_S))
         if number is not None:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             with contextlib.suppress(OSError):  # KILL has no handler
@@ -228,13 +241,6 @@ class _Guardian:
         begin = f"=== {self._name}: " if self._name else "=== "
         with contextlib.suppress(OSError):
             os.write(1, f"{begin}{text}\n".encode())
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def main() -> NoReturn:

@@ -1,7 +1,4 @@
-"""What supervisors, workers, ranks and nodes say to each other: frozen dataclasses with one encoding.
-
-    encode(Forked(pid=12, slot=0, rank=0))      one line of JSON, with the message's kind first
-    decode(line)                                the same message again; `MalformedMessage` for anything else
+"""What supervisors, workers, ranks and nodes say to each other: frozen dataclasses, which `core.channel` encodes.
 
 Every message is matched by its type. A line that is no message, or lacks a field or has one of another type, costs
 whoever has sent it: a worker its attempt, a node its place in the job, never the supervisor.
@@ -9,7 +6,7 @@ whoever has sent it: a worker its attempt, a node its place in the job, never th
     supervisor -> forkserver    ForkWorker
     forkserver -> supervisor    ImportDone  ImportFailed  Forked  WorkerExited
     supervisor -> worker        RunTrial  Notice
-    worker -> supervisor        AttemptMessage, which holds one of the messages about an attempt:
+    worker -> supervisor        Idle, and AttemptMessage, which holds one of the messages about an attempt:
                                 Reported  Progress  Resumed  Outcome  AttemptEnded  PackDone  Superseded  Unable
                                 RankStarted  RankMember  RankStopped  RankDone
     first node -> other node    StartWorker  ToWorker  TellWorker  KillWorker
@@ -19,21 +16,18 @@ whoever has sent it: a worker its attempt, a node its place in the job, never th
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
-from typing import Any, NamedTuple
-
-import orjson
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from orchestrator.core.atomic import Json, JsonObject
 from orchestrator.errors import OrcError
 
 __all__ = [
-    "AttemptEnded", "AttemptMessage", "Cause", "ForkWorker", "Forked", "FromWorker", "Heartbeat", "ImportDone",
-    "ImportFailed", "KillWorker", "MalformedMessage", "Message", "NodeFailed", "Notice", "Outcome", "PackDone",
-    "Progress", "RankDone", "RankMember", "RankStarted", "RankStopped", "Reported", "Resumed", "RunTrial",
-    "StartWorker", "Status", "Superseded", "TellWorker", "ToWorker", "Unable", "WorkerExited", "decode", "encode",
+    "AttemptEnded", "AttemptMessage", "Cause", "ForkWorker", "Forked", "FromWorker", "Heartbeat", "Idle",
+    "ImportDone", "ImportFailed", "KillWorker", "Malformed", "MalformedMessage", "Message", "NodeFailed", "Notice",
+    "Outcome", "PackDone", "Progress", "RankDone", "RankMember", "RankStarted", "RankStopped", "Reported", "Resumed",
+    "RunTrial", "StartWorker", "Status", "Superseded", "TellWorker", "ToWorker", "Unable", "WorkerExited", "WorkerId",
+    "WorkerMessage",
 ]  # fmt: skip
 
 
@@ -65,27 +59,55 @@ class MalformedMessage(OrcError):
     """A line that is no message; the text says what is wrong with it."""
 
 
+class WorkerId(NamedTuple):
+    """Names a worker process.
+
+    Args:
+        slot: which of the trials that its supervisor runs side by side it works for.
+        rank: which of that trial's ranks it is.
+    """
+
+    slot: int
+    rank: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What all messages are."""
+    """A message; each kind is a subclass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Malformed(Message):
+    """Stands for a line that was no message; never sent."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerMessage(Message):
+    """A message about a worker, or for it; for `slot` and `rank` see `WorkerId`."""
+
+    slot: int
+    rank: int
+
+    @property
+    def worker(self) -> WorkerId:
+        """The worker's name."""
+        return WorkerId(self.slot, self.rank)
 
 
 # To and from the forkserver
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ForkWorker(Message):
+class ForkWorker(WorkerMessage):
     """Fork a worker; its end of the channel comes along as a file descriptor.
 
     Args:
-        slot: which of the trials side by side it works for.
-        rank: which of that trial's ranks it is.
         log: the file it prints into; None to print where the forkserver does.
         devices: its CUDA_VISIBLE_DEVICES; None to leave that variable alone.
     """
 
-    slot: int
-    rank: int
     log: str | None
     devices: str | None
 
@@ -105,20 +127,16 @@ class ImportFailed(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Forked(Message):
+class Forked(WorkerMessage):
     """A worker was forked."""
 
-    slot: int
-    rank: int
     pid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerExited(Message):
+class WorkerExited(WorkerMessage):
     """A worker process has ended, with this wait status (waitpid(2))."""
 
-    slot: int
-    rank: int
     status: int
 
 
@@ -254,9 +272,12 @@ class RankStarted(Message):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMember(Message):
-    """A rank of another machine runs; `member` is a `core.process.Member` in JSON."""
+    """A rank of another machine runs; for its fields see `core.liveness.RankProcess`."""
 
-    member: JsonObject
+    pid: int
+    start: int
+    host: str
+    space: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +293,11 @@ class RankDone(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Idle(Message):
+    """The worker has ended what its trial had left running, and takes another trial."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptMessage(Message):
     """A message about an attempt, with the trial and the attempt that it is about: a late one counts for no other."""
 
@@ -284,45 +310,33 @@ class AttemptMessage(Message):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StartWorker(Message):
+class StartWorker(WorkerMessage):
     """Start the worker of a slot and rank."""
-
-    slot: int
-    rank: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToWorker(Message):
+class ToWorker(WorkerMessage):
     """Pass a message on to a worker."""
 
-    slot: int
-    rank: int
     body: Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TellWorker(Message):
+class TellWorker(WorkerMessage):
     """Pass a notice on to a worker, with the signal that makes it look."""
 
-    slot: int
-    rank: int
     action: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KillWorker(Message):
+class KillWorker(WorkerMessage):
     """End a worker that won't leave."""
-
-    slot: int
-    rank: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FromWorker(Message):
+class FromWorker(WorkerMessage):
     """What a worker of another node says."""
 
-    slot: int
-    rank: int
     body: Message
 
 
@@ -336,114 +350,3 @@ class NodeFailed(Message):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat(Message):
     """The node lives."""
-
-
-# On the wire
-
-
-def encode(message: Message) -> bytes:
-    """Return a message as one line of JSON, newline included."""
-    return orjson.dumps(_to_json(message)) + b"\n"
-
-
-def decode(line: bytes) -> Message:
-    """Return the message that `encode` has made a line of.
-
-    Raises:
-        MalformedMessage: it is none.
-    """
-    try:
-        value = orjson.loads(line)
-    except ValueError as error:
-        raise MalformedMessage(f"not JSON ({error}): {line[:_MOST_SHOWN]!r}") from error
-    return _read_message(value)
-
-
-_MOST_SHOWN = 200
-"""Bytes of a malformed line that an error shows."""
-
-
-def _to_json(message: Message) -> JsonObject:
-    kind = type(message).__name__
-    value: JsonObject = {"kind": kind}
-    for each in _kinds()[kind].fields:
-        item = getattr(message, each.name)
-        value[each.name] = _to_json(item) if isinstance(item, Message) else item
-    return value
-
-
-class _Field(NamedTuple):
-    name: str
-    readers: tuple[Callable[[Any], Any], ...]
-    is_optional: bool
-
-
-def _read_message(value: object) -> Message:
-    kind = value.pop("kind", None) if isinstance(value, dict) else None
-    known = _kinds().get(kind) if isinstance(kind, str) else None
-    if known is None or not isinstance(value, dict):
-        raise MalformedMessage(f"no message of a known kind: {str(value)[:_MOST_SHOWN]}")
-    given = {}
-    for each in known.fields:
-        if each.name in value:
-            given[each.name] = _read_field(known.make.__name__, each, value.pop(each.name))
-        elif not each.is_optional:
-            raise MalformedMessage(f"{kind}: {each.name} is missing")
-    if value:
-        raise MalformedMessage(f"{kind}: has no field {', '.join(map(repr, value))}")
-    return known.make(**given)
-
-
-def _read_field(kind: str, each: _Field, value: object) -> object:
-    for read in each.readers:
-        try:
-            return read(value)
-        except (TypeError, ValueError):
-            continue
-    raise MalformedMessage(f"{kind}: {each.name} can't be {str(value)[:_MOST_SHOWN]!r}")
-
-
-class _Kind(NamedTuple):
-    make: type[Message]
-    fields: tuple[_Field, ...]
-
-
-@cache
-def _kinds() -> dict[str, _Kind]:
-    return {make.__name__: _Kind(make, tuple(map(_field, fields(make)))) for make in Message.__subclasses__()}
-
-
-def _field(declared: Field[Any]) -> _Field:
-    readers = tuple(_READERS[name] for name in str(declared.type).split(" | "))
-    return _Field(declared.name, readers, declared.default is not MISSING or declared.default_factory is not MISSING)
-
-
-def _exactly(*types: type) -> Callable[[object], object]:
-    def read(value: object) -> object:
-        if type(value) not in types:  # a bool is no number here
-            raise TypeError
-        return value
-
-    return read
-
-
-def _integers(value: object) -> object:
-    if not isinstance(value, list) or any(type(item) is not int for item in value):
-        raise TypeError
-    return value
-
-
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "None": _exactly(type(None)),
-    "bool": _exactly(bool),
-    "int": _exactly(int),
-    "float": _exactly(int, float),
-    "str": _exactly(str),
-    "JsonObject": _exactly(dict),
-    "list[Json]": _exactly(list),
-    "list[int]": _integers,
-    "Status": Status,
-    "Cause": Cause,
-    "Message": _read_message,
-}
-"""How a field of each type is read; what is not of that type raises TypeError or ValueError."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Process", "cores", "find_processes", "poll", "processes_with", "processes_writing", "spawn"]
 
 _PROC = Path("/proc")
+_spawned: set[int] = set()
+"""Children of this process that nobody else waits for."""
 _FATAL = frozenset({signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT})
 
 
@@ -83,6 +85,10 @@ class Process:
 
     def alive(self) -> bool:
         """Return whether this very process runs on this machine. A zombie does not."""
+        if self.pid in _spawned:
+            with suppress(ChildProcessError):
+                if os.waitpid(self.pid, os.WNOHANG)[0]:
+                    _spawned.discard(self.pid)
         stat = process_stat(self.pid)
         return stat is not None and not stat.has_ended and stat.start == self.start_time and self.boot_id == boot_id()
 
@@ -177,6 +183,7 @@ def spawn(argv: Sequence[str], *, output: Path, env: Mapping[str, str]) -> Proce
         raise OrcError(f"{argv[0]}: can't be started: {error}") from error
     finally:
         os.close(handle)
+    _spawned.add(pid)
     process = Process.of(pid)
     assert process is not None, "a child that was not waited for keeps its entry in /proc"
     return process

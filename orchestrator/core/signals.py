@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+from collections.abc import Collection
 from types import FrameType
 
-__all__ = ["Signals", "name_of"]
+__all__ = ["Signals", "name_of", "wait_readable"]
 
 _NOTICES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
@@ -18,6 +20,17 @@ def name_of(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def wait_readable(handles: Collection[int], timeout_s: float | None) -> set[int]:
+    """Wait until one of some file descriptors is readable, or at its end; return those that are.
+
+    By poll(2): select(2) can't take descriptors from 1,024 on, and user code may have opened as many.
+    """
+    poll = select.poll()
+    for handle in handles:
+        poll.register(handle, select.POLLIN)
+    return {handle for handle, _ in poll.poll(None if timeout_s is None else 1000 * timeout_s)}
 
 
 class Signals:
@@ -34,6 +47,7 @@ class Signals:
         for number in _NOTICES:
             signal.signal(number, self._note)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*_NOTICES, signal.SIGCHLD})  # whoever started us may block them
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._received.append(signal.Signals(number).name)

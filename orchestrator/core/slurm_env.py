@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator.core.atomic import Json, JsonObject
 from orchestrator.core.procfs import boot_id
 
-__all__ = ["ALONE", "LOOPBACK", "Seat", "SlurmPlace", "describe"]
+__all__ = ["ALONE", "LOOPBACK", "SlurmPlace", "StepTask", "describe"]
 
 LOOPBACK = "127.0.0.1"
 """Where all processes are that meet on one machine."""
@@ -49,7 +49,7 @@ class SlurmPlace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
+class StepTask:
     """A process among those of its job step.
 
     Args:
@@ -65,7 +65,7 @@ class Seat:
     name: str
 
     @classmethod
-    def of(cls, environment: Mapping[str, str]) -> Seat:
+    def of(cls, environment: Mapping[str, str]) -> StepTask:
         """From Slurm's variables; outside of a job step, one alone."""
         if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
             return ALONE
@@ -78,7 +78,7 @@ class Seat:
         )
 
 
-ALONE = Seat(rank=0, world_size=1, num_nodes=1, name="alone")
+ALONE = StepTask(rank=0, world_size=1, num_nodes=1, name="alone")
 """Outside of a job step."""
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.errors import OrcError
 
 __all__ = ["Agreement", "OutOfStep", "Wish"]
@@ -56,7 +56,9 @@ class Agreement:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, party: Party, *, every_s: float = 0.05, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, party: RankContext, *, every_s: float = 0.05, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._group = party.group.process_group
         self._roll = party.roll
         self._every_s = every_s
@@ -79,7 +81,7 @@ class Agreement:
 
         Raises:
             OutOfStep: the ranks were at different ones when they last asked each other.
-            RuntimeError: from torch, when a rank is gone or silent; `Roll.blame` says which.
+            RuntimeError: from torch, when a rank is gone or silent; `Membership.blame` says which.
         """
         if self._group is None:
             return wish

@@ -32,7 +32,7 @@ from orchestrator.stats.containers import Key, Monoid, SummaryMap, TopN
 if TYPE_CHECKING:
     from orchestrator.core.atomic import Json
 
-__all__ = ["TIMEOUT_S", "Group", "PeerLost"]
+__all__ = ["TIMEOUT_S", "ControlGroup", "PeerLost"]
 
 TIMEOUT_S: Final = 600.0
 """How long ranks wait for each other: one that has more to do than the others keeps them waiting."""
@@ -78,7 +78,7 @@ _Held: TypeAlias = "Monoid | bytes | _Trouble"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class ControlGroup:
     """Some ranks, as one of them sees them.
 
     Args:
@@ -94,12 +94,12 @@ class Group:
     timeout_s: float = TIMEOUT_S
 
     @classmethod
-    def alone(cls) -> Group:
+    def alone(cls) -> ControlGroup:
         """A group of this process, and of no other."""
         return cls(rank=0, world_size=1, process_group=None)
 
     @classmethod
-    def of(cls, process_group: dist.ProcessGroup | None = None, *, timeout_s: float = TIMEOUT_S) -> Group:
+    def of(cls, process_group: dist.ProcessGroup | None = None, *, timeout_s: float = TIMEOUT_S) -> ControlGroup:
         """The ranks of a process group, or of the default one; this process alone where there is none.
 
         A group without gloo for CPU tensors, such as one of nccl, gets a gloo group beside it. All of its ranks make it

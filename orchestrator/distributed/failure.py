@@ -1,6 +1,6 @@
 """Who the ranks are, and who of them is to blame when they can't go on.
 
-    roll = Roll.call(found, rank, world_size, timeout_s=60.0)       every rank; returns once all are there
+    roll = Membership.call(found, rank, world_size, timeout_s=60.0)       every rank; returns once all are there
     roll.sign(step)                                                 a sign of life, at every step; seldom sent
     raise roll.blame(error) from error                              on a rank whose collective failed
     roll.confess("ValueError: ...")                                 on a rank that fails by its own doing
@@ -27,11 +27,11 @@ import orjson
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]  # not in its stubs
 
-from orchestrator.core.liveness import Member, Vital
+from orchestrator.core.liveness import ProcessState, RankProcess
 from orchestrator.distributed.control_group import PeerLost
 from orchestrator.errors import OrcError
 
-__all__ = ["Case", "NotMet", "Roll", "hang_up", "is_of_others", "sockets", "within"]
+__all__ = ["Case", "Membership", "RendezvousFailed", "hang_up", "is_of_others", "sockets", "within"]
 
 _SIGN_S = 5.0
 _LOOK_S = 0.05
@@ -41,14 +41,14 @@ _ANSWER_S = 0.5
 _OFF = "off"
 _PATIENCE_S = 2.0
 """How long a rank that failed looks for the culprit, and gives the others time to look."""
-_LOST = (Vital.GONE, Vital.STOPPED)
+_LOST = (ProcessState.GONE, ProcessState.STOPPED)
 _WORDS = ("gloo/transport", "Connection closed by peer", "Application timeout caused pair closure")
 """What the text of an error has that gloo raises for another rank's sake: they are plain RuntimeErrors."""
 
 T = TypeVar("T")
 
 
-class NotMet(OrcError):
+class RendezvousFailed(OrcError):
     """The ranks did not find each other: some did not come in time, or one that came belongs to something else."""
 
 
@@ -70,22 +70,22 @@ class Case:
         charges: who is to blame, for what.
     """
 
-    open: dict[int, Member]
+    open: dict[int, RankProcess]
     charges: dict[int, str] = field(default_factory=dict)
 
-    def hear(self, member: Member, said: str | None) -> None:
+    def hear(self, member: RankProcess, said: str | None) -> None:
         """It has said that it waited for others, or what else it failed by; or nothing."""
         if said is not None:
             del self.open[member.rank]
         if said:
             self.charges[member.rank] = f"{member} failed: {said}"
 
-    def see(self) -> dict[int, Vital]:
+    def see(self) -> dict[int, ProcessState]:
         """How those are that are still open and don't run any more."""
-        found = ((rank, member.vital()) for rank, member in self.open.items())
+        found = ((rank, member.state()) for rank, member in self.open.items())
         return {rank: vital for rank, vital in found if vital is not None and vital in _LOST}
 
-    def close(self, ended: Mapping[int, Vital]) -> None:
+    def close(self, ended: Mapping[int, ProcessState]) -> None:
         """Of these nothing more will be heard."""
         silent = {rank: vital for rank, vital in ended.items() if rank in self.open}
         if not self.charges:
@@ -94,7 +94,7 @@ class Case:
             del self.open[rank]
 
 
-class Roll:
+class Membership:
     """The ranks that met, as one of them sees them.
 
     Args:
@@ -103,7 +103,7 @@ class Roll:
         members: all of them, by rank.
     """
 
-    def __init__(self, found: Store, rank: int, members: Sequence[Member]) -> None:
+    def __init__(self, found: Store, rank: int, members: Sequence[RankProcess]) -> None:
         self._store = found
         self._rank = rank
         self.members = tuple(members)
@@ -115,26 +115,26 @@ class Roll:
         self._lines = dict(lines)
 
     @classmethod
-    def call(cls, found: Store, rank: int, world_size: int, *, timeout_s: float) -> Roll:
+    def call(cls, found: Store, rank: int, world_size: int, *, timeout_s: float) -> Membership:
         """Say that this rank is here, and wait for the others.
 
         Raises:
-            NotMet: some did not come in time, or there are two of this rank; says which.
+            RendezvousFailed: some did not come in time, or there are two of this rank; says which.
         """
-        me = Member.here(rank)
+        me = RankProcess.here(rank)
         if found.add(f"seat/{rank}", 1) > 1:
-            raise NotMet(
+            raise RendezvousFailed(
                 f"{me}: another process has come as rank {rank} already: is this one started twice, or another job's?"
             )
-        found.set(_here(rank), orjson.dumps(me.as_json()).decode())
+        found.set(_here(rank), orjson.dumps(me.to_json()).decode())
         try:
             _await_all(found, world_size, timeout_s)
-        except NotMet as error:
+        except RendezvousFailed as error:
             if rank == 0:
                 time.sleep(_FAREWELL_S)  # the store is this rank's; let the others read why it goes
-            raise NotMet(f"{me}: {error}") from None
+            raise RendezvousFailed(f"{me}: {error}") from None
         texts = found.multi_get([_here(other) for other in range(world_size)])
-        return cls(found, rank, [Member.read(orjson.loads(text)) for text in texts])
+        return cls(found, rank, [RankProcess.from_json(orjson.loads(text)) for text in texts])
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.members))
@@ -189,9 +189,9 @@ class Roll:
 
     def _is_mute(self) -> bool:
         """Whether the store won't answer, since rank 0, whose it is, is lost."""
-        return self._rank != 0 and self.members[0].vital() in _LOST
+        return self._rank != 0 and self.members[0].state() in _LOST
 
-    def _silent(self, member: Member) -> str:
+    def _silent(self, member: RankProcess) -> str:
         last = self._read(f"sign/{member.rank}")
         seen = f"its last sign was {last}" if last else "it has given no sign"
         return f"{member} has not come to where the others wait; {seen}"
@@ -212,7 +212,7 @@ def _await_all(found: Store, world_size: int, timeout_s: float) -> None:
                 _OFF, f"of {world_size} ranks, not all came within {timeout_s:g} s; missing: {', '.join(missing)}"
             )
         if found.check([_OFF]):
-            raise NotMet(found.get(_OFF).decode())
+            raise RendezvousFailed(found.get(_OFF).decode())
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _LOOK_S)
 

@@ -1,6 +1,6 @@
 """How the ranks of one piece of work meet, and how they part.
 
-    call = Invitation(folder=folder, whose="trial 3, attempt 0, of digits-1a2b", rank=rank, world_size=4)
+    call = RendezvousRequest(folder=folder, whose="trial 3, attempt 0, of digits-1a2b", rank=rank, world_size=4)
     with met(call) as party:
         party.group                     a `dist.Group` over gloo, for words between ranks
         party.main                      the process group for gradients: nccl for CUDA tensors, gloo for others
@@ -10,7 +10,7 @@ its owner's alone. A TCPStore asks nobody who they are: a rank that was given an
 without an error. So the store greets with a digest of the nonce, which only the file tells, and a rank that finds
 another greeting leaves; and when all are a group, they compare the nonce and whose it is, and end on a difference.
 
-    NotMet          some ranks did not come in time, or the file or its folder is not to be trusted
+    RendezvousFailed          some ranks did not come in time, or the file or its folder is not to be trusted
       Foreign       a process that belongs to something else was found
     PeerLost        (`control_group`) a rank is gone or silent; names it, its process and its cause where known
 """
@@ -38,10 +38,19 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from orchestrator.core import atomic
 from orchestrator.core.slurm_env import LOOPBACK
-from orchestrator.distributed.control_group import TIMEOUT_S, Group, PeerLost
-from orchestrator.distributed.failure import NotMet, Roll, is_of_others, sockets, within
+from orchestrator.distributed.control_group import TIMEOUT_S, ControlGroup, PeerLost
+from orchestrator.distributed.failure import Membership, RendezvousFailed, is_of_others, sockets, within
 
-__all__ = ["LOOPBACK", "Foreign", "Invitation", "NotMet", "Party", "hosted", "interface_towards", "met"]
+__all__ = [
+    "LOOPBACK",
+    "Foreign",
+    "RankContext",
+    "RendezvousFailed",
+    "RendezvousRequest",
+    "hosted",
+    "interface_towards",
+    "met",
+]
 
 _CONNECT_S = 5.0
 """After how long without an answer, in seconds, the address is read again."""
@@ -54,12 +63,12 @@ _CARD_BYTES = 512
 """Of what a rank shows the others: the nonce's digest, and whose it is."""
 
 
-class Foreign(NotMet):
+class Foreign(RendezvousFailed):
     """A process that belongs to something else was found where the ranks meet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Invitation:
+class RendezvousRequest:
     """What a rank needs to know to meet the others.
 
     Args:
@@ -90,7 +99,7 @@ class Invitation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Party:
+class RankContext:
     """The ranks that met.
 
     Args:
@@ -99,14 +108,14 @@ class Party:
         roll: who they are; None for one process alone.
     """
 
-    group: Group
+    group: ControlGroup
     main: dist.ProcessGroup | None = None
-    roll: Roll | None = None
+    roll: Membership | None = None
 
     @classmethod
-    def alone(cls) -> Party:
+    def alone(cls) -> RankContext:
         """One process, and no other."""
-        return cls(group=Group.alone())
+        return cls(group=ControlGroup.alone())
 
     @property
     def rank(self) -> int:
@@ -120,13 +129,13 @@ class Party:
 
 
 @contextlib.contextmanager
-def met(call: Invitation) -> Iterator[Party]:
+def met(call: RendezvousRequest) -> Iterator[RankContext]:
     """The ranks, from when all are there until they part; every rank must call it, once in a process.
 
     A rank that leaves the block by an error tells the others, and doesn't wait for them; its process must end then.
 
     Raises:
-        NotMet: the ranks did not meet.
+        RendezvousFailed: the ranks did not meet.
         PeerLost: what ended the block came from another rank, which it names.
     """
     party = _meet(call)
@@ -144,42 +153,42 @@ def met(call: Invitation) -> Iterator[Party]:
     dist.destroy_process_group()
 
 
-def hosted(call: Invitation) -> TCPStore:
+def hosted(call: RendezvousRequest) -> TCPStore:
     """The store of ranks that are programs and meet in it by themselves. Its `host` and `port` are what they are told.
 
     Rank 0 listens, for as long as it keeps what this returns; the others look where, and make sure that it is theirs.
 
     Raises:
-        NotMet: it can't be had.
+        RendezvousFailed: it can't be had.
     """
     _check_folder(call.folder)
     try:
         return (_publish(call) if call.rank == 0 else _find(call))[0]
     except (OSError, dist.DistError, RuntimeError) as error:
-        raise NotMet(f"{_name(call)}: no store for its ranks: {str(error).partition(chr(10))[0]}") from error
+        raise RendezvousFailed(f"{_name(call)}: no store for its ranks: {str(error).partition(chr(10))[0]}") from error
 
 
-def _meet(call: Invitation) -> Party:
+def _meet(call: RendezvousRequest) -> RankContext:
     if call.world_size == 1:
-        return Party.alone()
+        return RankContext.alone()
     _check_folder(call.folder)
     try:
         with _listening_on(call.host):
             return _join(call)
     except (dist.DistError, RuntimeError, PeerLost) as error:
         reason = str(error).partition("\n")[0]
-        raise NotMet(f"{_name(call)}: the ranks did not meet: {reason}") from error
+        raise RendezvousFailed(f"{_name(call)}: the ranks did not meet: {reason}") from error
     finally:
         _unpublish(call)
 
 
-def _name(call: Invitation) -> str:
+def _name(call: RendezvousRequest) -> str:
     return f"rank {call.rank} of {call.world_size}: {call.whose}"
 
 
-def _join(call: Invitation) -> Party:
+def _join(call: RendezvousRequest) -> RankContext:
     found, nonce = _publish(call) if call.rank == 0 else _find(call)
-    roll = Roll.call(
+    roll = Membership.call(
         PrefixStore("roll", _client(found.host, found.port, call.answer_s)),
         call.rank,
         call.world_size,
@@ -196,9 +205,9 @@ def _join(call: Invitation) -> Party:
     )
     side = dist.new_group(timeout=limit, backend="gloo")
     roll.holds({number: name for number, name in sockets().items() if before.get(number) != name})
-    group = Group.of(side, timeout_s=call.answer_s)
+    group = ControlGroup.of(side, timeout_s=call.answer_s)
     _compare(group, nonce, call.whose)
-    return Party(group=group, main=dist.group.WORLD, roll=roll)
+    return RankContext(group=group, main=dist.group.WORLD, roll=roll)
 
 
 @contextlib.contextmanager
@@ -248,9 +257,9 @@ def _check_folder(folder: Path) -> None:
     try:
         about = folder.lstat()
     except OSError as error:
-        raise NotMet(f"{folder}: the folder where ranks meet can't be used: {error.strerror}") from error
+        raise RendezvousFailed(f"{folder}: the folder where ranks meet can't be used: {error.strerror}") from error
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
-        raise NotMet(
+        raise RendezvousFailed(
             f"{folder}: ranks meet in a folder of their own user with mode 0700; this one belongs to user "
             f"{about.st_uid} and has mode {stat.S_IMODE(about.st_mode):04o}"
         )
@@ -264,7 +273,7 @@ class _Address:
     whose: str
 
 
-def _publish(call: Invitation) -> tuple[TCPStore, str]:
+def _publish(call: RendezvousRequest) -> tuple[TCPStore, str]:
     # A name may mean another address here than elsewhere.
     at = call.host if _is_address(call.host) else ""
     listener = socket.create_server((at, 0), backlog=_BACKLOG)
@@ -290,17 +299,17 @@ def _is_address(host: str) -> bool:
         return False
 
 
-def _unpublish(call: Invitation) -> None:
+def _unpublish(call: RendezvousRequest) -> None:
     if call.rank == 0:
         with contextlib.suppress(OSError):
             call.file.unlink()
 
 
-def _find(call: Invitation) -> tuple[TCPStore, str]:
+def _find(call: RendezvousRequest) -> tuple[TCPStore, str]:
     """Wait for the file, then for who has written it. What is there may be an earlier run's, which rank 0 replaces.
 
     Raises:
-        NotMet: rank 0 has written nothing in time, or nobody answers where it says.
+        RendezvousFailed: rank 0 has written nothing in time, or nobody answers where it says.
         Foreign: who answers there is another.
     """
     until, pause_s = time.monotonic() + call.join_s, _SHORTEST_LOOK_S
@@ -310,7 +319,7 @@ def _find(call: Invitation) -> tuple[TCPStore, str]:
         if address is not None and address.nonce != tried:
             try:
                 return _ask(address, call, until), address.nonce
-            except NotMet as error:
+            except RendezvousFailed as error:
                 tried, reason = address.nonce, error
         if time.monotonic() >= until:
             raise reason
@@ -318,24 +327,24 @@ def _find(call: Invitation) -> tuple[TCPStore, str]:
         pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
 
 
-def _unsaid(call: Invitation) -> NotMet:
-    return NotMet(
+def _unsaid(call: RendezvousRequest) -> RendezvousFailed:
+    return RendezvousFailed(
         f"{_name(call)}: rank 0 has not said within {call.join_s:g} s where to meet, in {call.file}: did it start?"
     )
 
 
-def _ask(address: _Address, call: Invitation, until: float) -> TCPStore:
+def _ask(address: _Address, call: RendezvousRequest, until: float) -> TCPStore:
     where = f"{_name(call)}: who listens at {address.host}:{address.port}"
     left_s = max(_CONNECT_LEAST_S, min(until - time.monotonic(), 2 * _CONNECT_S))
     try:
         return within(left_s, lambda: _connect(address, call))
     except TimeoutError:
-        raise NotMet(f"{where} says nothing") from None
+        raise RendezvousFailed(f"{where} says nothing") from None
     except (dist.DistError, RuntimeError) as error:
-        raise NotMet(f"{where} can't be reached: {str(error).partition(chr(10))[0]}") from error
+        raise RendezvousFailed(f"{where} can't be reached: {str(error).partition(chr(10))[0]}") from error
 
 
-def _read(call: Invitation) -> _Address | None:
+def _read(call: RendezvousRequest) -> _Address | None:
     """What rank 0 has written; None while there is nothing, or what something else left there."""
     try:
         handle = os.open(call.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -343,11 +352,13 @@ def _read(call: Invitation) -> _Address | None:
         return None
     except OSError as error:
         reason = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise NotMet(f"{call.file}: can't be read: {reason}") from error
+        raise RendezvousFailed(f"{call.file}: can't be read: {reason}") from error
     with os.fdopen(handle, "rb") as file:
         about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
-            raise NotMet(f"{call.file}: is not a file of this user alone, with mode 0600, as rank 0 writes it")
+            raise RendezvousFailed(
+                f"{call.file}: is not a file of this user alone, with mode 0600, as rank 0 writes it"
+            )
         line = file.read(1 << 16)
     match atomic.unchecked(line.removesuffix(b"\n")):
         case {"host": str(host), "port": int(port), "nonce": str(nonce), "whose": call.whose}:
@@ -355,7 +366,7 @@ def _read(call: Invitation) -> _Address | None:
     return None
 
 
-def _connect(address: _Address, call: Invitation) -> TCPStore:
+def _connect(address: _Address, call: RendezvousRequest) -> TCPStore:
     found = _client(address.host, address.port, min(call.join_s, _CONNECT_S))
     if not found.check(["greeting"]) or found.get("greeting").decode() != _greeting(address.nonce):
         raise Foreign(
@@ -377,7 +388,7 @@ def _greeting(nonce: str) -> str:
 # The comparison
 
 
-def _compare(group: Group, nonce: str, whose: str) -> None:
+def _compare(group: ControlGroup, nonce: str, whose: str) -> None:
     """Return if all ranks read the same nonce, and meet for the same.
 
     Raises:

@@ -1,6 +1,6 @@
 """How the processes of one job step meet: Slurm's variables say who they are, `distributed.rendezvous` does the rest.
 
-seat = Seat.of(os.environ)
+seat = StepTask.of(os.environ)
 with joined(paths, seat, timeout_s=60.0) as group: ...
 """
 
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from orchestrator.core.paths import SweepPaths
-from orchestrator.core.slurm_env import Seat
-from orchestrator.distributed.control_group import Group
-from orchestrator.distributed.rendezvous import LOOPBACK, Invitation, NotMet, met
+from orchestrator.core.slurm_env import StepTask
+from orchestrator.distributed.control_group import ControlGroup
+from orchestrator.distributed.rendezvous import LOOPBACK, RendezvousFailed, RendezvousRequest, met
 from orchestrator.errors import OrcError
 
-__all__ = ["Seat", "joined"]
+__all__ = ["joined"]
 
 
 @contextlib.contextmanager
-def joined(paths: SweepPaths, seat: Seat, *, timeout_s: float) -> Iterator[Group]:
+def joined(paths: SweepPaths, seat: StepTask, *, timeout_s: float) -> Iterator[ControlGroup]:
     """The group of all ranks of the step, on gloo; every rank must call it.
 
     Args:
@@ -35,7 +35,7 @@ def joined(paths: SweepPaths, seat: Seat, *, timeout_s: float) -> Iterator[Group
     with contextlib.ExitStack() as stack:
         try:
             group = stack.enter_context(_met(paths, seat, timeout_s))
-        except NotMet as error:
+        except RendezvousFailed as error:
             raise OrcError(
                 f"rank {seat.rank} of {seat.world_size}: the ranks did not meet within {timeout_s:g} s: {error}"
             ) from error
@@ -43,9 +43,9 @@ def joined(paths: SweepPaths, seat: Seat, *, timeout_s: float) -> Iterator[Group
 
 
 @contextlib.contextmanager
-def _met(paths: SweepPaths, seat: Seat, timeout_s: float) -> Iterator[Group]:
+def _met(paths: SweepPaths, seat: StepTask, timeout_s: float) -> Iterator[ControlGroup]:
     folder = paths.rendezvous(seat.name)
-    call = Invitation(
+    call = RendezvousRequest(
         folder=folder,
         whose=f"step {seat.name} of {paths.id}",
         rank=seat.rank,

@@ -16,7 +16,7 @@ from orchestrator.core import atomic
 from orchestrator.core.paths import SweepPaths
 from orchestrator.results import records
 
-__all__ = ["Block", "Claims", "Growth"]
+__all__ = ["Block", "Claims", "WriterWatch"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -75,7 +75,7 @@ class Claims:
             return ""
 
 
-class Growth:
+class WriterWatch:
     """Watches record files grow, by this process's own monotonic clock: no decision rests on another machine's.
 
     Args:

@@ -28,7 +28,8 @@ from orchestrator.results import records
 from orchestrator.results.effects import of_values, values_json
 from orchestrator.results.fold.segment import lines, opened
 from orchestrator.stats.containers import SummaryMap
-from orchestrator.stats.summary import TOP, Statistics, Summary
+from orchestrator.stats.statistics import Statistics
+from orchestrator.stats.summary import TOP, Summary
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,8 @@ from orchestrator.core.text import did_you_mean
 from orchestrator.errors import UsageError
 from orchestrator.results.records import Status
 from orchestrator.stats.containers import SummaryMap
-from orchestrator.stats.summary import Statistics, Summary
+from orchestrator.stats.statistics import Statistics
+from orchestrator.stats.summary import Summary
 
 if TYPE_CHECKING:
     from orchestrator.config.plan import PlanFile

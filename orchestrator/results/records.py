@@ -6,7 +6,7 @@
     outcome   complete, diverged, pruned or failed, with the payload that counts
     end       an attempt that ended without an outcome, its cause, and the step that it has saved
     at        where a trial is, and the last step that is saved, now and then
-    resume    where an attempt after the first goes on, and how many steps are done again
+    resume    where an attempt after the first goes on
     notice    a signal that arrived, and what was done about it
     beat      nothing new, but still alive
 
@@ -17,7 +17,6 @@ harm.
 from __future__ import annotations
 
 import contextlib
-import enum
 import os
 import re
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.core.atomic import LONGEST, AppendFile, Json, JsonObject, TooLong
+from orchestrator.core.messages import Cause, Status
 from orchestrator.core.paths import SweepPaths
 from orchestrator.errors import OrcError
 
@@ -39,30 +39,6 @@ SYNC_AGE_S = 0.5
 _IS_RECORD_FILE = re.compile(r"[0-9a-f]{32}\.jsonl").fullmatch
 _MOST_TEXT = 4000
 """Characters of a text that came from a job, such as that of its error: the log has all of it."""
-
-
-class Status(enum.StrEnum):
-    """What a trial came to. The order is that of the join: the first found wins."""
-
-    COMPLETE = "complete"
-    DIVERGED = "diverged"
-    PRUNED = "pruned"
-    FAILED = "failed"
-
-
-class Cause(enum.StrEnum):
-    """Why an attempt ended without an outcome, or why a trial failed."""
-
-    ERROR = "error"
-    SIGNAL = "signal"
-    MEMORY = "out of memory"
-    TIMEOUT = "timeout"
-    PREEMPTED = "preempted"
-    CANCELLED = "cancelled"
-    NOTICE = "notice"
-    """A notice whose reason Slurm didn't tell: none of the trial's doing."""
-    NODE_FAILURE = "node failure"
-    UNKNOWN = "unknown"
 
 
 def start(*, trial: int, attempt: int) -> JsonObject:
@@ -110,9 +86,13 @@ def at(*, trial: int, attempt: int, step: int, saved: int | None) -> JsonObject:
     return {"kind": "at", "trial": trial, "attempt": attempt, "step": step, "saved": saved}
 
 
-def resume(*, trial: int, attempt: int, step: int, lost: int) -> JsonObject:
-    """An attempt after the first goes on from `step`, or begins anew at 0; it does `lost` steps again."""
-    return {"kind": "resume", "trial": trial, "attempt": attempt, "step": step, "lost": lost}
+def resume(*, trial: int, attempt: int, step: int, lead: int | None = None) -> JsonObject:
+    """An attempt after the first goes on from `step`, or begins anew at 0.
+
+    The lines that tell where a pack is name its `lead` alone.
+    """
+    line: JsonObject = {"kind": "resume", "trial": trial, "attempt": attempt, "step": step}
+    return line if lead in (None, trial) else {**line, "lead": lead}
 
 
 def notice(*, signal: str, state: str, action: str) -> JsonObject:

@@ -1,10 +1,9 @@
 """What interruptions cost: where attempts went on, and which steps were done twice.
 
-    reached(paths, 3)                   the last step that any attempt at trial 3 is known to have come to
     read(paths).resumptions             every attempt that went on from a checkpoint, or began anew
     ends(paths, 3)                      how attempts at trial 3 ended without an outcome
 
-The fold needs none of this, and skips the lines that say it.
+It is computed when somebody asks, from all record files. The fold needs none of it, and skips the lines that say it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -24,10 +23,13 @@ if TYPE_CHECKING:
     from orchestrator.core.atomic import Json, JsonObject
     from orchestrator.core.paths import SweepPaths
 
-__all__ = ["Account", "Resumption", "ends", "reached", "read"]
+__all__ = ["Account", "Resumption", "ends", "read"]
 
 _RESUME: Final = b'{"kind":"resume"'
 _END: Final = b'{"kind":"end"'
+_STEP: Final = re.compile(
+    rb'\{"kind":"(?:report|at|end)","trial":(\d{1,18}),"attempt":(\d{1,18}),[^\n]*?"step":(\d{1,18})[,}]'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -60,23 +62,37 @@ class Account:
     saved: Mapping[str, int] = field(default_factory=dict)
 
 
-def reached(paths: SweepPaths, trial: int) -> int:
-    """The highest step of a trial that a line of any record file names; 0 if there is none."""
-    step = re.compile(rb'\{"kind":"(?:report|at|end)","trial":%d,"attempt":\d+,[^\n]*?"step":(\d{1,18})[,}]' % trial)
-    return max((int(found[1]) for data in _contents(paths) for found in step.finditer(data)), default=0)
-
-
 def read(paths: SweepPaths) -> Account:
-    """What all record files say of interruptions."""
-    resumptions: set[Resumption] = set()
+    """Return what all record files say of interruptions."""
+    resumed: dict[tuple[int, int], tuple[int, int]] = {}
     saved: Counter[str] = Counter()
     for data in _contents(paths):
-        resumptions |= {
-            Resumption(trial=trial, attempt=attempt, step=_number(line, "step"), lost=_number(line, "lost"))
-            for trial, attempt, line in _lines(data, _RESUME)
-        }
+        for trial, attempt, line in _lines(data, _RESUME):
+            lead = line.get("lead")
+            resumed[trial, attempt] = _number(line, "step"), lead if isinstance(lead, int) else trial
         saved.update(str(line.get("cause")) for _, _, line in _lines(data, _END) if _number(line, "step"))
-    return Account(resumptions=tuple(sorted(resumptions)), saved=saved)
+    reached = _reached(paths, {lead for _, lead in resumed.values()})
+    resumptions = (
+        Resumption(trial=trial, attempt=attempt, step=step, lost=max(0, _before(reached, lead, attempt) - step))
+        for (trial, attempt), (step, lead) in sorted(resumed.items())
+    )
+    return Account(resumptions=tuple(resumptions), saved=saved)
+
+
+def _reached(paths: SweepPaths, trials: Collection[int]) -> dict[int, dict[int, int]]:
+    """Return trial -> attempt -> the highest step that a line of any record file names."""
+    steps: dict[int, dict[int, int]] = {trial: {} for trial in trials}
+    for data in _contents(paths) if trials else ():
+        for line in _STEP.finditer(data):
+            trial, attempt, step = map(int, line.groups())
+            if trial in steps:
+                steps[trial][attempt] = max(step, steps[trial].get(attempt, 0))
+    return steps
+
+
+def _before(reached: Mapping[int, Mapping[int, int]], trial: int, attempt: int) -> int:
+    """Return the step that the attempts before one had come to."""
+    return max((step for earlier, step in reached[trial].items() if earlier < attempt), default=0)
 
 
 def ends(paths: SweepPaths, trial: int) -> dict[int, str]:

@@ -15,7 +15,7 @@ from orchestrator.config.spec import Metric
 from orchestrator.core.paths import SweepPaths
 from orchestrator.results.fold import Fold
 
-__all__ = ["Podium", "best", "let_go", "model_of", "prune", "remove"]
+__all__ = ["TopModels", "best", "let_go", "model_of", "prune", "remove"]
 
 
 def rank_key(metric: Metric, value: float, index: int) -> tuple[float, int]:
@@ -28,7 +28,7 @@ def best(fold: Fold, metric: Metric, top: int) -> list[int]:
     return fold.best(metric, top)
 
 
-class Podium:
+class TopModels:
     """The best trials that one writer has completed itself, and the models that they pushed out.
 
     Args:

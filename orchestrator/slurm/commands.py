@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from orchestrator.core import process_tree
 from orchestrator.errors import OrcError, SbatchRejected, SlurmUnreachable
+from orchestrator.slurm.environment import for_command
 
 __all__ = [
     "PATIENCE",
@@ -36,7 +36,6 @@ __all__ = [
     "find_by_comment",
     "has_ended",
     "is_over_limit",
-    "outside",
     "queue",
     "release",
     "requeue",
@@ -142,37 +141,6 @@ _NO_ANSWER = (
 )
 _OVER_LIMIT = r"(?i)MaxSubmit|Invalid job array specification"
 
-# Where a user's jobs go by default; kept unless the script says it. Any other SBATCH_* would override a script's lines.
-_KEPT_DEFAULTS = {
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_CLUSTERS": "clusters",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_QOS": "qos",
-    "SBATCH_RESERVATION": "reservation",
-    "SBATCH_WCKEY": "wckey",
-}
-_KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
-_FOREIGN = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SQUEUE_", "SACCT_", "SCANCEL_", "SUBMITIT_")
-_RANKS = frozenset({"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
-_OPTION = r"(?m)^#SBATCH\s+--([a-z-]+)"
-
-
-def outside() -> dict[str, str]:
-    """Our environment as it would be outside of any job: nothing of Slurm's but where its configuration is."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in _KEPT or not (name.startswith(_FOREIGN) or name in _RANKS or name == process_tree.MARK)
-    }
-
-
-def _environment(script: str = "") -> dict[str, str]:
-    """`outside`, and a user's defaults for sbatch as far as `script` doesn't decide them itself."""
-    said = set(re.findall(_OPTION, script))
-    defaults = (name for name, option in _KEPT_DEFAULTS.items() if option not in said and name in os.environ)
-    return outside() | {name: os.environ[name] for name in defaults} | {"LC_ALL": "C"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answer:
@@ -200,7 +168,7 @@ def _run(argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None
             capture_output=True,
             check=False,
             encoding="utf-8",
-            env=_environment() if env is None else env,
+            env=for_command() if env is None else env,
             errors="surrogateescape",
             stdin=subprocess.DEVNULL,
             timeout=timeout_s,
@@ -265,7 +233,7 @@ def sbatch(
     """
     argv = ["sbatch", "--parsable", f"--comment={comment}", *extra]
     argv += [f"--dependency={dependency}"] if dependency else []
-    env = _environment(_text(script))
+    env = for_command(_text(script))
 
     def attempt() -> JobId:
         return _parse_job_id(_accepted(_run([*argv, str(script)], timeout_s=patience.timeout_s, env=env), script))
@@ -300,7 +268,7 @@ def check(script: Path, *, patience: Patience = PATIENCE) -> str:
         SlurmUnreachable: no Slurm, or no answer.
     """
     argv = ["sbatch", "--test-only", str(script)]
-    return _accepted(_run(argv, timeout_s=patience.timeout_s, env=_environment(_text(script))), script).words
+    return _accepted(_run(argv, timeout_s=patience.timeout_s, env=for_command(_text(script))), script).words
 
 
 def _text(script: Path) -> str:

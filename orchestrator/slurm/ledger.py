@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "On",
-    "Part",
     "Submission",
+    "SubmissionPart",
     "append",
     "cancelled_epoch",
     "comment_of",
@@ -46,7 +46,7 @@ On: TypeAlias = Literal["slurm", "local"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class SubmissionPart:
     """One script or process of a submission.
 
     Args:
@@ -106,7 +106,7 @@ class Submission:
     epoch: int
     on: On
     host: str
-    parts: tuple[Part, ...]
+    parts: tuple[SubmissionPart, ...]
     supersedes: tuple[str, ...] = ()
     retry_failed: bool = False
 
@@ -234,10 +234,10 @@ def _intended(before: Submission | None, token: str, entry: JsonObject) -> Submi
     raise OrcError(f"the ledger holds an intent that this version does not understand: {entry!r}")
 
 
-def _laid_out(row: Json, what: str, known: dict[str, Part]) -> Part:
+def _laid_out(row: Json, what: str, known: dict[str, SubmissionPart]) -> SubmissionPart:
     match row:
         case [str(name), int(first), int(count)]:
-            part = replace(known.get(name, Part(what=name)), first_worker=first, num_workers=count)
+            part = replace(known.get(name, SubmissionPart(what=name)), first_worker=first, num_workers=count)
             return replace(part, asked=True, error=None) if name == what else part
     raise OrcError(f"the ledger holds a part that this version does not understand: {row!r}")
 
@@ -247,7 +247,7 @@ def _with_result(submission: Submission, entry: JsonObject) -> Submission:
     return replace(submission, parts=tuple(parts))
 
 
-def _result(part: Part, entry: JsonObject) -> Part:
+def _result(part: SubmissionPart, entry: JsonObject) -> SubmissionPart:
     match entry:
         case {"process": dict(process)}:
             return replace(part, error=None, process=Process.from_json(process))

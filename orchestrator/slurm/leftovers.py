@@ -34,7 +34,7 @@ def end(paths: SweepPaths, say: Callable[[str], None]) -> bool:
         return True
     from orchestrator.core import process_tree
 
-    ended, remaining = process_tree.end_left(tokens)
+    ended, remaining, _ = process_tree.end_left(tokens)
     if ended:
         from orchestrator.core import scratch
 

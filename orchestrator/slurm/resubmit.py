@@ -1,9 +1,9 @@
 """Seeing a sweep on Slurm through from outside: what no job of it can do for itself.
 
-    tender = Tender(sweep, again=submit_what_is_missing, say=print)
+    tender = Resubmitter(sweep, again=submit_what_is_missing, say=print)
     while not tender.is_over():              cheap; asks Slurm now and then
         ...
-    end_waits(submit.live(sweep.paths))      ["12_3"], whose wait after a requeue is over
+    end_waits(jobs.live(sweep.paths))      ["12_3"], whose wait after a requeue is over
 
 A job that was preempted where Slurm cancels instead of requeueing, that ran into its time limit on a node without
 scontrol, whose node failed with JobRequeue=0, or that was killed without notice, is gone. Its trials are not, and what
@@ -26,17 +26,18 @@ from orchestrator.core import atomic, slurm_env
 from orchestrator.errors import SlurmUnreachable
 from orchestrator.results import records
 from orchestrator.results.records import Cause, RecordWriter, as_index
-from orchestrator.slurm import commands, ledger, submit
+from orchestrator.slurm import commands, jobs, ledger
 
 if TYPE_CHECKING:
     from orchestrator.config.plan import PlanFile
     from orchestrator.core.atomic import JsonObject
     from orchestrator.core.paths import SweepPaths
     from orchestrator.results.fold import Fold
+    from orchestrator.slurm.jobs import Live
     from orchestrator.slurm.ledger import Submission
-    from orchestrator.slurm.submit import Live, Receipt
+    from orchestrator.slurm.submit import Receipt
 
-__all__ = ["Tender", "end_waits", "ends", "objection"]
+__all__ = ["Resubmitter", "end_waits", "ends", "objection"]
 
 ASK_S = 15.0
 """How often Slurm is asked for the jobs of a sweep, in seconds."""
@@ -124,7 +125,7 @@ class SweepState(Protocol):
         ...
 
 
-class Tender:
+class Resubmitter:
     """Sees to one sweep, on Slurm, until it has ended.
 
     Args:
@@ -165,7 +166,7 @@ class Tender:
         if self._clock() - self._asked_s < ASK_S:
             return False
         try:
-            return not self._see_to_it(submit.seen(self._sweep.paths))
+            return not self._see_to_it(jobs.seen(self._sweep.paths))
         except SlurmUnreachable:
             return False
         finally:

@@ -1,10 +1,10 @@
 """One submission on its way to Slurm or to this machine, part by part, with the ledger ahead of every step.
 
-    Handover(paths=paths, spec=spec, submission=submission).run()     hands over every part that isn't handed over
+    Submitter(paths=paths, spec=spec, submission=submission).run()     hands over every part that isn't handed over
     reducers(spec, num_trials)                                        the parts that reduce, the last one the root
 
 A part is announced, handed over, and noted. Whatever dies between two of these leaves a part in doubt, which the next
-`Handover` of the same submission looks up by its token before it tries again.
+`Submitter` of the same submission looks up by its token before it tries again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from orchestrator.core import atomic
+from orchestrator.core import atomic, process_tree
 from orchestrator.core.process import Process, find_processes, spawn
 from orchestrator.errors import OrcError, SbatchRejected, UsageError
 from orchestrator.results.reduction_tree.tree import Tree
-from orchestrator.slurm import commands, ledger
-from orchestrator.slurm.ledger import Part
+from orchestrator.slurm import commands, environment, ledger
+from orchestrator.slurm.ledger import SubmissionPart
 
 if TYPE_CHECKING:
     from orchestrator.config.spec import SweepSpec
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from orchestrator.slurm.ledger import Submission
     from orchestrator.slurm.script import ReducerRequest
 
-__all__ = ["LOCAL", "REDUCER", "Handover", "reducers", "render", "request"]
+__all__ = ["LOCAL", "REDUCER", "Submitter", "reducers", "render", "request"]
 
 REDUCER = "reducer"
 LOCAL = "local"
 _LEVEL = "reduce-"
 
 
-def reducers(spec: SweepSpec, num_trials: int, max_array_size: int | None = None) -> tuple[Part, ...]:
+def reducers(spec: SweepSpec, num_trials: int, max_array_size: int | None = None) -> tuple[SubmissionPart, ...]:
     """The parts that reduce: arrays for the levels of the tree, if there is one, and the job that writes the summary.
 
     Args:
@@ -46,12 +46,12 @@ def reducers(spec: SweepSpec, num_trials: int, max_array_size: int | None = None
     """
     tree = Tree.of(num_trials, spec.reduce, max_array_size)
     levels = tree.levels if spec.reduce.ranks == 1 else ()
-    arrays = (Part(what=f"{_LEVEL}{level}", num_workers=count) for level, count in enumerate(levels))
-    return (*arrays, Part(what=REDUCER))
+    arrays = (SubmissionPart(what=f"{_LEVEL}{level}", num_workers=count) for level, count in enumerate(levels))
+    return (*arrays, SubmissionPart(what=REDUCER))
 
 
 @dataclass(slots=True, kw_only=True)
-class Handover:
+class Submitter:
     """One submission on its way. The ledger is the truth; `submission` is what it says.
 
     Args:
@@ -104,7 +104,7 @@ class Handover:
 
     # This machine
 
-    def _start(self, part: Part) -> None:
+    def _start(self, part: SubmissionPart) -> None:
         token = self.submission.token
         if part.is_in_doubt and self.submission.host != os.uname().nodename:
             raise OrcError(f"{self.paths.id}: is being submitted on {self.submission.host}; run the same command there")
@@ -118,14 +118,14 @@ class Handover:
 
     # Slurm
 
-    def _hand_to_slurm(self, part: Part) -> None:
+    def _hand_to_slurm(self, part: SubmissionPart) -> None:
         name = self._request(part).job_name
         row = self._look_up(part) if part.is_in_doubt else None
         job = commands.JobId(id=row.array_job_id, cluster=row.cluster) if row else self._sbatch(part)
         if job is not None:
             self._note_result(part, job=job, name=name)
 
-    def _look_up(self, part: Part) -> commands.JobRow | None:
+    def _look_up(self, part: SubmissionPart) -> commands.JobRow | None:
         comment = ledger.comment_of(self.submission.token, part.what)
         return next((row for row in self._queue() if row.comment == comment), None)
 
@@ -134,7 +134,7 @@ class Handover:
             self.rows = commands.queue(patience=self.patience)
         return self.rows
 
-    def _sbatch(self, part: Part) -> commands.JobId | None:
+    def _sbatch(self, part: SubmissionPart) -> commands.JobId | None:
         """The job, or None when the part has to be tried again with fewer workers."""
         script = self.paths.script(_script_name(part, self.submission.epoch))
         atomic.write(script, render(self._request(part)), mode=0o700)
@@ -156,10 +156,10 @@ class Handover:
             jobs = [job for job in jobs if job in known]
         return f"afterany:{':'.join(jobs)}" if jobs else None
 
-    def _request(self, part: Part) -> ReducerRequest:
+    def _request(self, part: SubmissionPart) -> ReducerRequest:
         return request(self.paths, self.spec, self.submission, part)
 
-    def _shrink(self, part: Part, error: SbatchRejected) -> None:
+    def _shrink(self, part: SubmissionPart, error: SbatchRejected) -> None:
         """Lay the submission out with fewer workers, or without a tree of reducers, if that is what sbatch minds.
 
         Raises:
@@ -178,7 +178,11 @@ class Handover:
             self._shrink_workers(part, error, accepted, waiting)
 
     def _shrink_workers(
-        self, part: Part, error: SbatchRejected, accepted: tuple[Part, ...], reducers: list[Part]
+        self,
+        part: SubmissionPart,
+        error: SbatchRejected,
+        accepted: tuple[SubmissionPart, ...],
+        reducers: list[SubmissionPart],
     ) -> None:
         """Fewer workers, so that the reducers find room; with no room for a tree, the root alone."""
         room = self._room()
@@ -213,17 +217,17 @@ class Handover:
         self.rows = None
         return limit - sum(row.is_live for row in self._queue())
 
-    def _lay_out(self, *parts: Part) -> None:
+    def _lay_out(self, *parts: SubmissionPart) -> None:
         self.submission = replace(self.submission, parts=parts)
 
     # The ledger
 
-    def _announce(self, part: Part, script: str | None) -> None:
+    def _announce(self, part: SubmissionPart, script: str | None) -> None:
         entry = ledger.intent(self.submission, part.what, script=script)
         ledger.append(self.paths, entry)
 
     def _note_result(
-        self, part: Part, *, process: Process | None = None, job: commands.JobId | None = None, name: str = ""
+        self, part: SubmissionPart, *, process: Process | None = None, job: commands.JobId | None = None, name: str = ""
     ) -> None:
         token = self.submission.token
         if process is not None:
@@ -240,7 +244,7 @@ class Handover:
         self.submission = replace(self.submission, parts=parts)
 
 
-def request(paths: SweepPaths, spec: SweepSpec, submission: Submission, part: Part) -> ReducerRequest:
+def request(paths: SweepPaths, spec: SweepSpec, submission: Submission, part: SubmissionPart) -> ReducerRequest:
     """What the script of `part` needs.
 
     Raises:
@@ -276,7 +280,7 @@ def render(wanted: ReducerRequest) -> bytes:
     return text.encode()
 
 
-def _fitting(workers: list[Part], room: int) -> list[Part]:
+def _fitting(workers: list[SubmissionPart], room: int) -> list[SubmissionPart]:
     """The first of the workers, as many as there is room for; with no room at all, all of them: sbatch says no best."""
     if room < 1:
         return workers
@@ -285,17 +289,17 @@ def _fitting(workers: list[Part], room: int) -> list[Part]:
     return [replace(part, num_workers=min(part.num_workers, most)) for part, most in left if most > 0]
 
 
-def _num_jobs(parts: list[Part]) -> int:
+def _num_jobs(parts: list[SubmissionPart]) -> int:
     """What of a limit on jobs the parts use up: each element of an array counts."""
     return sum(max(1, part.num_workers) for part in parts)
 
 
-def _script_name(part: Part, epoch: int) -> str:
+def _script_name(part: SubmissionPart, epoch: int) -> str:
     """Later epochs keep the scripts of earlier ones: they are what was handed to sbatch."""
     return part.what if epoch == 0 else f"{part.what}.{epoch}"
 
 
-def _without_reducer(accepted: tuple[Part, ...], error: SbatchRejected) -> str:
+def _without_reducer(accepted: tuple[SubmissionPart, ...], error: SbatchRejected) -> str:
     jobs = ", ".join(str(part.job) for part in accepted)
     return (
         f"{error}\nThe workers are submitted (job {jobs}) and will do every trial; only the reducer is missing. Run "
@@ -310,7 +314,9 @@ def _supervisor(paths: SweepPaths, token: str, slots: int) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Of a supervisor on this machine: not in any job, and with search paths that mean the same in its folder."""
-    env = commands.outside()
+    env = environment.outside()
+    if process_tree.MARK in os.environ:  # so that what a trial starts is known as that trial's
+        env[process_tree.MARK] = os.environ[process_tree.MARK]
     if search := env.get("PYTHONPATH"):
         env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(entry) for entry in search.split(os.pathsep))  # noqa: PTH100
     return env

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, Generic, Protocol, Self, TypeAlias, Typ
 
 from orchestrator.stats import parsing
 from orchestrator.stats.summary import Summary
-from orchestrator.stats.topk import LEAST_KEY, Best, Pair, Ranked, ascends, checked, first
+from orchestrator.stats.topk import LEAST_KEY, BestValues, Pair, Ranked, ascends, checked, first
 
 if TYPE_CHECKING:
     from orchestrator.core.atomic import Json, JsonObject
@@ -305,10 +305,10 @@ class TopN:
             TypeError: as `merge`.
             ValueError: as `merge`, or there is none of them, so that nothing tells n.
         """
-        n, best = 0, Best(1)
+        n, best = 0, BestValues(1)
         for top in tops:
             if not n:
-                n, best = _instance(top, TopN).n, Best(top.n)
+                n, best = _instance(top, TopN).n, BestValues(top.n)
             if _instance(top, TopN).n != n:
                 raise ValueError(f"lists of the first n of different n can't be merged: {n} and {top.n}")
             best.offer(top.entries)

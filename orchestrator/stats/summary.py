@@ -17,82 +17,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from operator import index
 from typing import TYPE_CHECKING, Final, Literal, TypeGuard
 
 from orchestrator.stats import exact, parsing
 from orchestrator.stats.quantile_sketch import bucket, representative
-from orchestrator.stats.topk import LEAST_KEY, Best, Pair, Ranked, ascends, checked_key
+from orchestrator.stats.statistics import QUANTILES, Statistics
+from orchestrator.stats.topk import LEAST_KEY, BestValues, Pair, Ranked, ascends, checked_key
 
 if TYPE_CHECKING:
     from orchestrator.core.atomic import Json, JsonObject
     from orchestrator.stats.batch import Chunk, Keys, Samples
 
-__all__ = ["QUANTILES", "Ranked", "Statistics", "Summary", "check"]
+__all__ = ["Ranked", "Summary", "check"]
 
 SCHEMA: Final = 1
 TOP: Final = 10
 SKETCH_BITS: Final = 6
-QUANTILES: Final = {"p05": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
-"""Name of each quantile, and its percents."""
 
 _MOST_SKETCH_BITS: Final = 20
 _GREAT: Final = 1 << 1023  # Integers that may round beyond float64.
 _FEW: Final = 16  # Samples below which importing and calling NumPy costs more than it saves.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """The plain numbers of a `Summary`.
-
-    Of no values, `min`, `max`, their keys, `mean`, `std` and the quantiles are None.
-
-    Args:
-        count: finite values.
-        min: smallest value.
-        max: largest value.
-        min_key: its key, the smallest of several.
-        max_key: its key, the smallest of several.
-        mean: weighted mean, correctly rounded from the exact sums of w and of w * x, each product rounded to float64;
-            None too when the weights add up to 0. Without weights, the mean, correctly rounded.
-        std: population standard deviation, correctly rounded; every value counts once, whatever its weight.
-        sum: sum of the values, whatever their weights, correctly rounded; beyond float64 a text of 17 significant
-            digits such as `1.7976931348623157e+309`.
-        quantiles: by name (`QUANTILES`). The p-th quantile is the value at position floor(p / 100 * (count - 1)) in
-            ascending order (NumPy's method "lower"), to within 0.8% of itself and within min and max, whatever the
-            weights.
-        diverged: values that were NaN or infinite.
-        failed: what gave no value because it failed.
-        pruned: what was stopped early and gave no value.
-        top: the best values by goal, best first, ties by the smaller key.
-        bottom: the worst values by goal, worst first, ties by the smaller key.
-    """
-
-    count: int
-    min: float | None
-    max: float | None
-    min_key: int | None
-    max_key: int | None
-    mean: float | None
-    std: float | None
-    sum: float | str
-    quantiles: Mapping[str, float | None]
-    diverged: int
-    failed: int
-    pruned: int
-    top: tuple[Ranked, ...]
-    bottom: tuple[Ranked, ...]
-
-    def to_json(self) -> JsonObject:
-        """All of it as plain JSON; `top` and `bottom` as objects of value and key."""
-        result: JsonObject = {field.name: getattr(self, field.name) for field in fields(self)}
-        ranked = {"top": self.top, "bottom": self.bottom}
-        return result | {
-            "quantiles": dict(self.quantiles),
-            **{name: [{"value": one.value, "key": one.key} for one in entries] for name, entries in ranked.items()},
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,7 +394,7 @@ class _Tally:
         self.top, self.sketch_bits = top, sketch_bits
         self.count, self.num_diverged, self.num_failed, self.num_pruned = 0, num_diverged, num_failed, num_pruned
         self.total = self.squares = self.weight_excess = self.product_excess = 0
-        self._low, self._high = Best(top), Best(top)
+        self._low, self._high = BestValues(top), BestValues(top)
         self._buckets: Mapping[int, int] = {}
         self._mine: dict[int, int] | None = None
 

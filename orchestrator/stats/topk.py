@@ -14,7 +14,7 @@ from itertools import islice, pairwise, starmap
 from operator import eq, index, lt
 from typing import Final, NamedTuple, TypeAlias
 
-__all__ = ["LEAST_KEY", "Best", "Pair", "Ranked", "ascends", "checked", "checked_key", "first"]
+__all__ = ["LEAST_KEY", "BestValues", "Pair", "Ranked", "ascends", "checked", "checked_key", "first"]
 
 # Where small is good (value, key), where large is (-value, key): both rank by the plain order of tuples.
 Pair: TypeAlias = tuple[float, int]
@@ -68,7 +68,7 @@ def ascends(pairs: Iterable[Pair]) -> bool:
     return all(starmap(lt, pairwise(pairs)))
 
 
-class Best:
+class BestValues:
     """The first `n` of the pairs offered so far, in the memory of a few times `n`."""
 
     __slots__ = ("_is_cut", "_limit", "_n", "_pairs")

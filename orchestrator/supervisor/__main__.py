@@ -1,4 +1,4 @@
-"""The process that a job script starts: see `orchestrator.supervisor.supervisor`."""
+"""The process that a job script starts: see `orchestrator.supervisor.main`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from orchestrator.core.signals import Signals
 
 if __name__ == "__main__":
     signals = Signals()  # before the import below takes its tenth of a second: a notice may come at any time
-    from orchestrator.supervisor.supervisor import main
+    from orchestrator.supervisor.main import main
 
     sys.exit(main(signals=signals))

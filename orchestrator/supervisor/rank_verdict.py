@@ -1,12 +1,12 @@
-"""The ranks that train one trial, as their supervisor sees them: what they say and how they end comes to one word.
+"""The verdict on an attempt that several ranks work on: what they say, and how they end, becomes one message.
 
-    crew = Crew(4, silent_s=30.0, clock=time.monotonic)
-    for message in crew.hear(rank, message): ...    what the trial has to say now, as one worker would say it
-    crew.left(rank, status)                         a process has ended
-    crew.look()                                     every second or so; returns the ranks that are to be killed now
-    crew.verdict                                    once all have ended: the message that ends the attempt
+    ranks = RankVerdict(4, silent_s=30.0, clock=time.monotonic)
+    for message in ranks.hear(rank, message): ...   what the trial has to say now, as one worker would say it
+    ranks.exited(rank, status)                      a process has ended
+    ranks.check()                                   every second or so; returns the ranks that are to be killed now
+    ranks.verdict                                   once all have ended: the message that ends the attempt
 
-Rank 0 speaks for the trial. Workers train it in agreement, and leave at the same place; the programs of a `command:`
+Rank 0 speaks for the trial. Workers train it in agreement, and leave at the same place. The programs of a `command:`
 come and go by themselves, and their trial is done when all of them are. When a rank dies, the others fail because of
 it, within moments and in any order: so all of them are heard, for a few seconds, before one is charged. A rank that is
 found stopped ends the others at once.
@@ -16,16 +16,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import cast
 
-from orchestrator.core.atomic import JsonObject
-from orchestrator.core.liveness import Member, Vital, Watch
+from orchestrator.core.liveness import ProcessState, RankProcess, StallDetector
+from orchestrator.core.messages import (
+    AttemptEnded,
+    Cause,
+    Message,
+    Outcome,
+    RankDone,
+    RankMember,
+    RankStarted,
+    RankStopped,
+    Superseded,
+    Unable,
+)
 from orchestrator.core.signals import name_of
-from orchestrator.results.records import Cause
 
-__all__ = ["LOOK_S", "Crew", "death"]
+__all__ = ["LOOK_S", "RankVerdict", "death"]
 
 LOOK_S = 1.0
 """How often to look at ranks, in seconds."""
@@ -37,12 +46,13 @@ _PARTING_S = 10.0
 """How long ranks may take to leave, once the trial has an outcome or their own part in it is done."""
 
 
-def death(status: int) -> JsonObject:
-    """The message that ends an attempt whose worker has left in the middle of it, with this wait status."""
+def death(status: int) -> AttemptEnded:
+    """Return the message that ends an attempt whose worker has left in the middle of it, with this wait status."""
     if os.WIFSIGNALED(status):
-        return {"end": Cause.SIGNAL.value, "detail": f"killed by {name_of(os.WTERMSIG(status))}"}
+        return AttemptEnded(cause=Cause.SIGNAL, detail=f"killed by {name_of(os.WTERMSIG(status))}")
     code = os.waitstatus_to_exitcode(status)
-    return {"end": Cause.ERROR.value, "detail": f"the worker left with exit code {code} in the middle of the trial"}
+    detail = f"the worker left with exit code {code} in the middle of the trial"
+    return AttemptEnded(cause=Cause.ERROR, detail=detail)
 
 
 class _Weight(IntEnum):
@@ -62,11 +72,11 @@ class _Ending:
 
     weight: _Weight
     rank: int
-    message: JsonObject
+    message: Message
 
 
-class Crew:
-    """What is known of the ranks of one attempt.
+class RankVerdict:
+    """Collects what is known of the ranks of one attempt.
 
     Args:
         num_ranks: how many there are.
@@ -84,9 +94,9 @@ class Crew:
         self._clock = clock
         self._here = set(range(num_ranks))
         self._finished: set[int] = set()
-        self._members: dict[int, Member] = {}
-        self._watch: Watch | None = None
-        self._outcome: JsonObject | None = None
+        self._processes: dict[int, RankProcess] = {}
+        self._stalls: StallDetector | None = None
+        self._outcome: Message | None = None
         self._endings: list[_Ending] = []
         self._kill_s: float | None = None
         self._is_over = False
@@ -95,61 +105,67 @@ class Crew:
 
     # What happens
 
-    def hear(self, rank: int, message: JsonObject) -> Iterator[JsonObject]:
-        """Take a message of a rank; yields it if the trial says so now."""
-        if "pid" in message:
-            self._join(rank, Member.of(rank, int(str(message["pid"]))))
-        elif "member" in message:
-            self._join(rank, Member.read(cast("JsonObject", message["member"])))
-        elif "stopped" in message:
-            self._stop(rank, str(message["stopped"]))
-        elif "end" in message or "gone" in message:
-            self._finished.add(rank)
-            is_of_all = message.get("peer") or message.get("end") == Cause.PREEMPTED.value
-            self._end(self._weight(message), rank, message if is_of_all else _named(rank, message))
-        elif "broken" in message:
-            yield message
-        elif "done" in message or "outcome" in message:
-            self._finished.add(rank)
-            if self._in_agreement:
-                self._kill_by(_PARTING_S)
-            if rank == 0:
-                self._outcome = message
-        elif rank == 0:
-            yield message
+    def hear(self, rank: int, message: Message) -> Iterator[Message]:
+        """Take a message of a rank; yield it if the trial says so now."""
+        match message:
+            case RankStarted(pid=pid):
+                self._join(RankProcess.of(rank, pid))
+            case RankMember(pid=pid, start=start, host=host, space=space):
+                self._join(RankProcess(rank=rank, pid=pid, start=start, host=host, space=space))
+            case RankStopped(detail=detail):
+                self._stop(rank, detail)
+            case AttemptEnded() | Superseded():
+                self._finished.add(rank)
+                self._end(self._weight(message), rank, _named(rank, message))
+            case RankDone() | Outcome():
+                self._finish(rank, message)
+            case Unable():
+                yield message
+            case _ if rank == 0:
+                yield message
         if not self._in_agreement and len(self._finished) == self._num_ranks:
-            self._kill_by(0.0)  # no program is left; whoever has run it stays only for what the others needed of it
+            self._kill_by(0.0)  # no program is left; a worker stays only for what the others needed of it
 
-    def _weight(self, message: JsonObject) -> _Weight:
-        if message.get("peer"):
+    def _finish(self, rank: int, message: Message) -> None:
+        self._finished.add(rank)
+        if self._in_agreement:
+            self._kill_by(_PARTING_S)
+        if rank == 0:
+            self._outcome = message
+
+    def _weight(self, message: AttemptEnded | Superseded) -> _Weight:
+        if isinstance(message, Superseded):
+            return _Weight.OWN
+        if message.peer:
             return _Weight.PEER
         if self._in_agreement:
             return _Weight.OWN
-        weights = {Cause.SIGNAL.value: _Weight.DEATH, Cause.PREEMPTED.value: _Weight.LATER}
-        return weights.get(str(message.get("end")), _Weight.OWN)
+        return {Cause.SIGNAL: _Weight.DEATH, Cause.PREEMPTED: _Weight.LATER}.get(message.cause, _Weight.OWN)
 
-    def _join(self, rank: int, member: Member) -> None:
-        self._members[rank] = member
-        self._watch = Watch(self._members.values(), silent_s=self._silent_s, clock=lambda: self._watched_s)
+    def _join(self, process: RankProcess) -> None:
+        self._processes[process.rank] = process
+        processes = self._processes.values()
+        self._stalls = StallDetector(processes, silent_s=self._silent_s, clock=lambda: self._watched_s)
 
-    def _stop(self, rank: int, text: str) -> None:
-        """A rank is stopped: nobody waits for it, nor for the others, who do."""
+    def _stop(self, rank: int, detail: str) -> None:
+        """Count a rank as stopped: nobody waits for it, nor for the others, which do."""
         if rank not in self._finished:
             self._finished.add(rank)
-            self._end(_Weight.DEATH, rank, {"end": Cause.SIGNAL.value, "detail": text})
+            self._end(_Weight.DEATH, rank, AttemptEnded(cause=Cause.SIGNAL, detail=detail))
             self._kill_s = self._clock()
 
-    def left(self, rank: int, status: int) -> None:
-        """The process of a rank has ended."""
+    def exited(self, rank: int, status: int) -> None:
+        """Note that the process of a rank has ended, with this wait status."""
         self._here.discard(rank)
         if rank not in self._finished:
             self._finished.add(rank)
             self._end(_Weight.DEATH, rank, _named(rank, death(status)))
 
-    def _end(self, weight: _Weight, rank: int, message: JsonObject) -> None:
+    def _end(self, weight: _Weight, rank: int, message: Message) -> None:
         self._endings.append(_Ending(weight=weight, rank=rank, message=message))
         if weight is not _Weight.LATER:
-            self._kill_by(_SAVING_S if message.get("noticed") else _HEARING_S)
+            is_saving = isinstance(message, AttemptEnded) and message.noticed
+            self._kill_by(_SAVING_S if is_saving else _HEARING_S)
 
     def _kill_by(self, after_s: float) -> None:
         until = self._clock() + after_s
@@ -157,14 +173,14 @@ class Crew:
 
     # What follows
 
-    def look(self) -> set[int]:
-        """The ranks that must be killed now: others have failed or are done, or one of them is stopped."""
+    def check(self) -> set[int]:
+        """Return the ranks that must be killed now: others have failed or are done, or one of them is stopped."""
         now = self._clock()
-        # Time in which nobody looked, since all of us were suspended, is not held against anyone.
+        # Time in which nobody checked, since all of us were suspended, is not held against anyone.
         self._watched_s += min(now - self._looked_s, 2 * LOOK_S)
         self._looked_s = now
-        for rank, text in self._stopped().items():
-            self._stop(rank, text)
+        for rank, reason in self._stopped().items():
+            self._stop(rank, reason)
         if self._kill_s is None or now < self._kill_s:
             return set()
         self._is_over = True
@@ -172,25 +188,25 @@ class Crew:
         return set(self._here)
 
     def _stopped(self) -> dict[int, str]:
-        """Those that were stopped for too long. Of one that has ended its parent is about to tell, and knows why."""
-        if self._watch is None:
+        """Return those that were stopped for too long. Of one that has ended its parent is about to tell why."""
+        if self._stalls is None:
             return {}
         return {
-            rank: text
-            for rank, text in self._watch.look().items()
-            if rank not in self._finished and self._members[rank].vital() is Vital.STOPPED
+            rank: reason
+            for rank, reason in self._stalls.check().items()
+            if rank not in self._finished and self._processes[rank].state() is ProcessState.STOPPED
         }
 
     @property
     def due_s(self) -> float:
-        """In how many seconds `look` is to be called."""
+        """In how many seconds to call `check`."""
         next_s = self._looked_s + LOOK_S
         if self._kill_s is not None and not self._is_over:
             next_s = min(next_s, self._kill_s)
         return max(0.0, next_s - self._clock())
 
     @property
-    def verdict(self) -> JsonObject | None:
+    def verdict(self) -> Message | None:
         """The message that ends the attempt; None while a rank is still here."""
         if self._here:
             return None
@@ -207,5 +223,8 @@ class Crew:
         return ending.weight, 0 if is_by_time else ending.rank
 
 
-def _named(rank: int, message: JsonObject) -> JsonObject:
-    return {**message, "detail": f"rank {rank}: {message['detail']}"} if "detail" in message else message
+def _named(rank: int, message: AttemptEnded | Superseded) -> Message:
+    """Name the rank in a message that is about it alone."""
+    if isinstance(message, Superseded) or message.peer or message.cause is Cause.PREEMPTED:
+        return message
+    return replace(message, detail=f"rank {rank}: {message.detail}")

@@ -1,94 +1,58 @@
 """Workers on the other nodes of a job, as the supervisor on its first node sees them.
 
-    outposts = Outposts(folder, num_nodes=2, ranks_per_node=2)
-    outposts.open(addresses)                        publishes where it listens
-    for event in outposts.poll(): ...               Heard and Exited, after its descriptor became readable
-    outposts.worker(Post(slot, rank)).channel.send(message)
+    nodes = RemoteNodes(folder, num_nodes=2, ranks_per_node=2)
+    nodes.open(addresses)                           publishes where it listens
+    for message in nodes.poll(): ...                FromWorker and WorkerExited, after its descriptor became readable
+    nodes.send(WorkerId(slot, rank), message)
 
-On each other node `supervisor.node_agent` connects to the port that is written in a file of the job's own folder, which
-all nodes see and only this user reads, together with a key. Either side proves that it has read the key before a word
-of the other's counts; a stranger is hung up on. From then on they exchange messages of `orchestrator.core.channel`:
-
-    from here   {"start": post}  {"to": post, "message": message}  {"tell": post, "word": word}  {"kill": post}
-    from there  {"ready": true}  {"broken": text}  {"lost": text}  {"from": post, "message": message}
-                {"exited": post, "status": wait status}  {"beat": true}, every few seconds
-
-where a post is [slot, rank]. When the connection ends, so do the workers of that node; a node that says nothing for
-long is as good as gone.
+On each other node `supervisor.node_agent` connects to this one as `supervisor.node_handshake` says; the connection to a
+stranger is closed. From then on the nodes exchange the messages of `orchestrator.core.messages`. When the connection
+ends, so do the workers of that node; a node that is silent for long counts as lost.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import os
 import secrets
 import select
 import shutil
 import socket
-import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from orchestrator.core import atomic
 from orchestrator.core.atomic import JsonObject
 from orchestrator.core.channel import Channel
+from orchestrator.core.messages import (
+    FromWorker,
+    ImportDone,
+    ImportFailed,
+    KillWorker,
+    Malformed,
+    Message,
+    NodeFailed,
+    StartWorker,
+    TellWorker,
+    ToWorker,
+    WorkerExited,
+    WorkerId,
+)
 from orchestrator.errors import OrcError, ProgramError
-from orchestrator.supervisor.worker_pool import Exited, Post
+from orchestrator.supervisor.node_handshake import FILE, MOST_BYTES, configure, parse, proof_of, proves
 
-__all__ = ["BEAT_S", "FarWorker", "Heard", "Line", "NodeLost", "Outposts", "addresses", "call"]
+__all__ = ["BEAT_S", "NodeLost", "RemoteNodes"]
 
 BEAT_S = 5.0
 """How often a node gives a sign of life, at least, in seconds."""
 
-_FILE = "outposts"
-_MOST_BYTES = 4096
-"""Of a stranger's words, before they are hung up on."""
 _MOST_GUESTS = 64
-_CONNECT_S = 30.0
-"""How long the first node may take to answer, in seconds: it may be at a fold."""
-_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
-_UNANSWERED_MS = 60_000
-"""After how long without an acknowledgement what was sent is given up (TCP_USER_TIMEOUT, tcp(7))."""
 
 
 class NodeLost(OrcError):
     """A node of this job is gone, or doesn't answer any more; its ranks with it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """A worker has said something."""
-
-    post: Post
-    message: JsonObject
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """To a worker on another node, by way of its outpost."""
-
-    channel: Channel
-    post: Post
-
-    def send(self, message: JsonObject) -> None:
-        """As `Channel.send`."""
-        self.channel.send({"to": list(self.post), "message": message})
-
-
-@dataclass(frozen=True, slots=True)
-class FarWorker:
-    """A worker process on another node."""
-
-    post: Post
-    channel: Line
-
-    def tell(self, word: str) -> None:
-        """As `children.Worker.tell`."""
-        self.channel.channel.send({"tell": list(self.post), "word": word})
 
 
 @dataclass(slots=True)
@@ -101,17 +65,17 @@ class _Guest:
 
 @dataclass(slots=True)
 class _Node:
-    """An outpost."""
+    """Another node of the job, and which workers run there."""
 
     number: int
     host: str
     channel: Channel
     heard_s: float
     is_ready: bool = False
-    workers: dict[Post, FarWorker] = field(default_factory=dict)
+    workers: set[WorkerId] = field(default_factory=set)
 
 
-class Outposts:
+class RemoteNodes:
     """The other nodes of this job.
 
     Args:
@@ -123,7 +87,7 @@ class Outposts:
 
     Raises:
         ProgramError: from `poll`, when the program can't be imported on one of them.
-        NodeLost: from `poll` and `look`, when one of them is gone.
+        NodeLost: from `poll` and `check`, when one of them is gone.
     """
 
     def __init__(
@@ -160,7 +124,7 @@ class Outposts:
         self._listener.setblocking(False)
         self._poll.register(self._listener, select.EPOLLIN)
         content: JsonObject = {"hosts": list(hosts), "port": self._listener.getsockname()[1], "key": self._key}
-        atomic.write(self._folder / _FILE, atomic.checked(content))
+        atomic.write(self._folder / FILE, atomic.checked(content))
 
     def fileno(self) -> int:
         """Readable when `poll` has something to do, so that a selector takes this object."""
@@ -181,38 +145,42 @@ class Outposts:
 
     # Workers
 
-    def has(self, post: Post) -> bool:
-        """Whether a post is on another node."""
-        return post.rank >= self._ranks_per_node
+    def has(self, worker: WorkerId) -> bool:
+        """Whether a worker runs on another node."""
+        return worker.rank >= self._ranks_per_node
 
-    def worker(self, post: Post) -> FarWorker:
-        """The worker of a post, which may have to be started."""
-        node = self._nodes[post.rank // self._ranks_per_node]
-        if post not in node.workers:
-            node.channel.send({"start": list(post)})
-            node.workers[post] = FarWorker(post, Line(node.channel, post))
-        return node.workers[post]
+    def send(self, worker: WorkerId, message: Message) -> None:
+        """Send a message to a worker, which is started if there is none."""
+        node = self._node_of(worker)
+        if worker not in node.workers:
+            node.channel.send(StartWorker(**worker._asdict()))
+            node.workers.add(worker)
+        node.channel.send(ToWorker(**worker._asdict(), body=message))
 
-    @property
-    def workers(self) -> list[FarWorker]:
-        """All of them."""
-        return [worker for node in self._nodes.values() for worker in node.workers.values()]
+    def tell(self, action: str) -> None:
+        """Pass a notice on to every worker."""
+        for node in self._nodes.values():
+            for worker in node.workers:
+                node.channel.send(TellWorker(**worker._asdict(), action=action))
 
-    def kill(self, post: Post) -> None:
-        """As `Children.kill`."""
-        self._nodes[post.rank // self._ranks_per_node].channel.send({"kill": list(post)})
+    def kill(self, worker: WorkerId) -> None:
+        """End a worker that won't leave; its `WorkerExited` comes as ever."""
+        self._node_of(worker).channel.send(KillWorker(**worker._asdict()))
+
+    def _node_of(self, worker: WorkerId) -> _Node:
+        return self._nodes[worker.rank // self._ranks_per_node]
 
     # What they say
 
-    def poll(self) -> Iterator[Heard | Exited]:
-        """Take what has come; doesn't wait."""
+    def poll(self) -> Iterator[FromWorker | WorkerExited]:
+        """Yield what workers say, and which have ended; doesn't wait."""
         for number, _ in self._poll.poll(0):
             if self._listener is not None and number == self._listener.fileno():
                 self._greet()
             elif number in self._guests:
                 self._hear_out(number)
             else:
-                # Who was hung up on since the look at all of them is none of these any more.
+                # A node disconnected earlier in this loop is no longer in `_nodes`; its event is ignored.
                 for node in [node for node in self._nodes.values() if node.channel.fileno() == number]:
                     yield from self._take(node)
 
@@ -234,11 +202,11 @@ class Outposts:
         """Read on from who has not been admitted; hang up when that is nobody of ours."""
         guest = self._guests[number]
         try:
-            data = guest.sock.recv(_MOST_BYTES)
+            data = guest.sock.recv(MOST_BYTES)
         except OSError:
             data = b""
         guest.said += data
-        if data and b"\n" not in guest.said and len(guest.said) < _MOST_BYTES:
+        if data and b"\n" not in guest.said and len(guest.said) < MOST_BYTES:
             return
         self._poll.unregister(number)
         del self._guests[number]
@@ -247,19 +215,19 @@ class Outposts:
 
     def _admit(self, guest: _Guest) -> bool:
         line, _, rest = guest.said.partition(b"\n")
-        match None if rest else _said(line):
+        match None if rest else parse(line):
             case {"node": int(number), "salt": str(salt), "proof": str(proof), "host": str(host)}:
                 pass
             case _:
                 return False
-        if not _proves(proof, _proof(self._key, "outpost", number, salt)):
+        if not proves(proof, proof_of(self._key, "other", number, salt)):
             return False
         if not 0 < number < self._num_nodes or not self._has_room_for(number):
             return False
         self.host = self.host or str(guest.sock.getsockname()[0])
-        _prepare(guest.sock)
+        configure(guest.sock)
         with contextlib.suppress(OSError):  # who has hung up meanwhile is noticed when reading
-            guest.sock.sendall(atomic.checked({"proof": _proof(self._key, "first", number, salt)}))
+            guest.sock.sendall(atomic.checked({"proof": proof_of(self._key, "first", number, salt)}))
         self._nodes[number] = _Node(number, host, Channel(guest.sock), self._watched_s)
         self._poll.register(guest.sock, select.EPOLLIN)
         return True
@@ -277,22 +245,24 @@ class Outposts:
         node.channel.close()
         del self._nodes[node.number]
 
-    def _take(self, node: _Node) -> Iterator[Heard | Exited]:
+    def _take(self, node: _Node) -> Iterator[FromWorker | WorkerExited]:
         node.heard_s = self._watched_s
         for message in node.channel.receive():
-            if "ready" in message:
-                node.is_ready = True
-                self._close_door()
-            elif "broken" in message:
-                raise ProgramError(f"on node {node.number} ({node.host}): {message['broken']}")
-            elif "lost" in message:
-                raise NodeLost(f"node {node.number} ({node.host}) of this job: {message['lost']}")
-            elif "from" in message:
-                yield Heard(Post.of(message["from"]), cast("JsonObject", message["message"]))
-            elif "exited" in message:
-                post = Post.of(message["exited"])
-                node.workers.pop(post, None)
-                yield Exited(post, int(str(message["status"])))
+            match message:
+                case ImportDone():
+                    node.is_ready = True
+                    self._close_door()
+                case ImportFailed(error=error):
+                    raise ProgramError(f"on node {node.number} ({node.host}): {error}")
+                case NodeFailed(reason=reason):
+                    raise NodeLost(f"node {node.number} ({node.host}) of this job: {reason}")
+                case Malformed(error=error):
+                    raise NodeLost(f"node {node.number} ({node.host}) of this job sent what is no message: {error}")
+                case FromWorker():
+                    yield message
+                case WorkerExited(worker=worker):
+                    node.workers.discard(worker)
+                    yield message
         if node.channel.closed:
             was_ready = node.is_ready
             self._forget(node)
@@ -308,8 +278,8 @@ class Outposts:
             for number in list(self._guests):
                 self._turn_out(number)
 
-    def look(self) -> float:
-        """See whether all still give signs of life; returns in how many seconds to look again.
+    def check(self) -> float:
+        """Check that all still give signs of life; return in how many seconds to check again.
 
         Time in which nobody looked, since this process was suspended, is not held against them.
         """
@@ -351,7 +321,7 @@ class Outposts:
             shutil.rmtree(self._folder, ignore_errors=True)
         else:
             with contextlib.suppress(OrcError):
-                atomic.write(self._folder / _FILE, atomic.checked({"over": True}))
+                atomic.write(self._folder / FILE, atomic.checked({"over": True}))
 
     def _await_late(self, late_s: float) -> None:
         until = time.monotonic() + late_s
@@ -365,119 +335,6 @@ class Outposts:
                     self._hear_out(number)
                 else:
                     self._poll.unregister(number)  # it is about to be hung up on
-
-
-def addresses(environment: Mapping[str, str]) -> list[str]:
-    """Under which the other nodes of a job may reach this one, its first: what srun says of it, then its names."""
-    names = (environment.get(name) for name in ("SLURM_LAUNCH_NODE_IPADDR", "SLURMD_NODENAME"))
-    return list(dict.fromkeys(name for name in (*names, socket.gethostname()) if name))
-
-
-def call(folder: Path, node: int, *, within_s: float) -> Channel | None:
-    """The line from node `node` to the first one, for which it waits; None when that one had nothing to do, and left.
-
-    What is there may be an earlier run's, which the first node replaces.
-
-    Raises:
-        OrcError: not in time.
-    """
-    until, pause_s = time.monotonic() + within_s, _SHORTEST_PAUSE_S
-    reason = f"{folder / _FILE} has not appeared"
-    while True:
-        try:
-            return _knock(folder, node)
-        except _Over:
-            return None
-        except (OSError, _Unknown) as error:
-            reason = str(error)
-        if time.monotonic() >= until:
-            raise OrcError(f"node {node} of this job can't reach its first node within {within_s:.0f} s: {reason}")
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-
-class _Over(Exception):
-    """The first node has left."""
-
-
-class _Unknown(Exception):
-    """Who listens there, or what the file says, is nothing of ours."""
-
-
-def _knock(folder: Path, node: int) -> Channel:
-    hosts, port, key = _read(folder / _FILE)
-    problems = []
-    for host in hosts:
-        try:
-            return _introduce(host, port, key, node)
-        except (OSError, _Unknown) as error:
-            problems.append(f"{host}:{port}: {error}")
-    raise _Unknown("; ".join(problems) or "it names no address")
-
-
-def _read(file: Path) -> tuple[list[str], int, str]:
-    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
-        about = os.fstat(opened.fileno())
-        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
-            raise _Unknown(f"{file}: is not a file of this user alone, with mode 0600")
-        line = opened.read(_MOST_BYTES)
-    match _said(line.removesuffix(b"\n")):
-        case {"hosts": list(hosts), "port": int(port), "key": str(key)}:
-            return [str(host) for host in hosts], port, key
-        case {"over": True}:
-            raise _Over
-    raise _Unknown(f"{file}: says nothing that can be understood")
-
-
-def _introduce(host: str, port: int, key: str, node: int) -> Channel:
-    sock, salt = socket.create_connection((host, port), timeout=_CONNECT_S), secrets.token_hex(16)
-    try:
-        hello: JsonObject = {
-            "node": node,
-            "salt": salt,
-            "host": socket.gethostname(),
-            "proof": _proof(key, "outpost", node, salt),
-        }
-        sock.sendall(atomic.checked(hello))
-        if not _proves(str(_said(_line(sock)).get("proof")), _proof(key, "first", node, salt)):
-            raise _Unknown("who listens there is not the first node of this job")
-    except BaseException:
-        sock.close()
-        raise
-    sock.settimeout(None)
-    _prepare(sock)
-    return Channel(sock)
-
-
-def _line(sock: socket.socket) -> bytes:
-    """A line, and nothing of what comes after it."""
-    found = b""
-    while not found.endswith(b"\n") and len(found) < _MOST_BYTES and (data := sock.recv(1)):
-        found += data
-    return found.removesuffix(b"\n")
-
-
-def _said(line: bytes) -> JsonObject:
-    """The message of a line; an empty one for what is none."""
-    try:
-        return atomic.unchecked(line) or {}
-    except ValueError:
-        return {}
-
-
-def _proves(proof: str, expected: str) -> bool:
-    return hmac.compare_digest(proof.encode(errors="replace"), expected.encode())
-
-
-def _proof(key: str, who: str, node: int, salt: str) -> str:
-    return hmac.digest(key.encode(), f"{who} {node} {salt}".encode(), "sha256").hex()
-
-
-def _prepare(sock: socket.socket) -> None:
-    sock.setblocking(True)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNANSWERED_MS)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _wait_for_end(channels: Sequence[Channel], grace_s: float) -> None:

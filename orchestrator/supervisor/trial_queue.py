@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from orchestrator.core.atomic import JsonObject
-from orchestrator.results.claims import Block, Claims, Growth
+from orchestrator.results.claims import Block, Claims, WriterWatch
 from orchestrator.results.fold import Fold
 from orchestrator.results.records import Cause, Status
 
-__all__ = ["Ready", "Source", "Succession", "Work"]
+__all__ = ["Assignment", "GoneWriters", "PendingTrial", "TrialQueue"]
 
 
 @dataclass(slots=True)
-class Ready:
+class PendingTrial:
     """A trial that may start now.
 
     Args:
@@ -29,7 +29,7 @@ class Ready:
     charges: Counter[Cause] = field(default_factory=Counter)
 
 
-class Work:
+class Assignment:
     """What one slot works on at a time: a trial, or a pack.
 
     Args:
@@ -44,7 +44,7 @@ class Work:
 
     __slots__ = ("attempt", "open", "pack")
 
-    def __init__(self, pack: tuple[int, ...], ready: Iterable[Ready]) -> None:
+    def __init__(self, pack: tuple[int, ...], ready: Iterable[PendingTrial]) -> None:
         self.pack = pack
         self.open = {one.trial: one for one in ready}
         self.attempt = max(one.attempt for one in self.open.values())
@@ -56,7 +56,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Succession:
+class GoneWriters:
     """Which writers are known to be gone, so that their blocks need no lease.
 
     Args:
@@ -86,7 +86,7 @@ class Succession:
         return writer.get("submission") in self.superseded or self.was_requeued(writer)
 
 
-class Source:
+class TrialQueue:
     """Blocks of trials for one worker.
 
     Args:
@@ -100,7 +100,14 @@ class Source:
     """
 
     def __init__(
-        self, blocks: list[Block], worker: int, *, claims: Claims, fold: Fold, growth: Growth, succession: Succession
+        self,
+        blocks: list[Block],
+        worker: int,
+        *,
+        claims: Claims,
+        fold: Fold,
+        growth: WriterWatch,
+        succession: GoneWriters,
     ) -> None:
         begin = worker % len(blocks) if blocks else 0
         self._blocks = blocks[begin:] + blocks[:begin]
@@ -112,7 +119,7 @@ class Source:
         self._seen = claims.newest()
         self._position = 0
 
-    def next(self) -> list[Ready]:
+    def next(self) -> list[PendingTrial]:
         """The trials of one more block, claimed; empty when there is nothing to do that isn't someone else's."""
         self._growth.look()
         return self._untouched() or self._left_behind()
@@ -127,7 +134,7 @@ class Source:
         self._fold.update()
         return self._fold.status(trial) is not None
 
-    def _untouched(self) -> list[Ready]:
+    def _untouched(self) -> list[PendingTrial]:
         while self._position < len(self._blocks):
             block = self._blocks[self._position]
             self._position += 1
@@ -135,11 +142,11 @@ class Source:
                 continue
             if self._claims.take(block, 0):
                 self._mine.add(block)
-                return [Ready(trial) for trial in block.trials]
+                return [PendingTrial(trial) for trial in block.trials]
             self._seen = self._claims.newest()
         return []
 
-    def _left_behind(self) -> list[Ready]:
+    def _left_behind(self) -> list[PendingTrial]:
         self._fold.update()
         newest = self._claims.newest()
         for block in self._blocks:
@@ -163,13 +170,13 @@ class Source:
         # One that has failed under us as well was tried again already, whichever of the outcomes is the kept one.
         return all(writer.get("submission") in self._succession.superseded for writer in self._fold.authors(trial))
 
-    def _ready(self, trial: int) -> Ready:
+    def _ready(self, trial: int) -> PendingTrial:
         charges = self._fold.charges(trial)
         if self._succession.retry_failed:
             charges.clear()
-        return Ready(trial, self._fold.next_attempt(trial), charges)
+        return PendingTrial(trial, self._fold.next_attempt(trial), charges)
 
-    def __iter__(self) -> Iterator[list[Ready]]:
+    def __iter__(self) -> Iterator[list[PendingTrial]]:
         """Blocks until none is left."""
         while ready := self.next():
             yield ready

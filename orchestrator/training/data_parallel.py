@@ -2,7 +2,7 @@
 
     replica = Replica(net, party)                        rank 0's weights and buffers are everyone's from here on
     part = Part.of(num, party.rank, party.world_size)    this rank's samples of a batch of `num`
-    replica.gradients(loss, [Portion(batch, part.num)], num)
+    replica.gradients(loss, [MicroBatch(batch, part.num)], num)
     opt.step()
 
     net = wrapped(net, party)                            for a loop of one's own, with a backward of its own
@@ -25,11 +25,11 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.errors import OrcError
 from orchestrator.training.isolated import Generators
 
-__all__ = ["Loss", "NoGradient", "Part", "Portion", "Replica", "Scale", "wrapped"]
+__all__ = ["Loss", "MicroBatch", "NoGradient", "Replica", "Scale", "Shard", "wrapped"]
 
 Loss: TypeAlias = "Callable[[torch.nn.Module, object], torch.Tensor]"
 """Per-sample values, the samples along the first dimension."""
@@ -40,7 +40,7 @@ class NoGradient(OrcError):
     """A parameter is in training, and the loss gives it no gradient, or none that ranks can sum; names it."""
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """One rank's samples of a batch, from `first` to before `last`.
 
     A rank for which none are left works on the first sample, which counts nothing there: it must take part in what the
@@ -53,7 +53,7 @@ class Part(NamedTuple):
     """How many of them count: all, or none."""
 
     @classmethod
-    def of(cls, num_samples: int, rank: int, world_size: int) -> Part:
+    def of(cls, num_samples: int, rank: int, world_size: int) -> Shard:
         """Parts are contiguous and in the order of ranks; none is larger than another by more than one sample.
 
         Args:
@@ -67,7 +67,7 @@ class Part(NamedTuple):
         return cls(first, first + num, num) if num else cls(0, 1, 0)
 
 
-class Portion(NamedTuple):
+class MicroBatch(NamedTuple):
     """Samples that pass through the network at once.
 
     Args:
@@ -94,7 +94,7 @@ class Replica:
         NoGradient: a parameter's gradient is sparse, which several ranks don't sum.
     """
 
-    def __init__(self, net: torch.nn.Module, party: Party, *, bucket_mb: float | None = None) -> None:
+    def __init__(self, net: torch.nn.Module, party: RankContext, *, bucket_mb: float | None = None) -> None:
         self.net = net
         self._group = party.group
         self._main = party.main
@@ -113,18 +113,23 @@ class Replica:
     # Steps
 
     def gradients(
-        self, loss: Loss, portions: Sequence[Portion], num_samples: int | None = None, *, scale: Scale | None = None
+        self,
+        loss: Loss,
+        micro_batches: Sequence[MicroBatch],
+        num_samples: int | None = None,
+        *,
+        scale: Scale | None = None,
     ) -> list[torch.Tensor]:
         """Add the gradient of the batch's mean loss to the parameters' gradients; every rank must call this.
 
         Args:
             loss: gives per-sample values; it gets the network itself, and may use any part of it.
-            portions: this rank's part, in as many portions as the memory needs; only the last waits for others.
+            micro_batches: this rank's part, in as many as the memory needs; only the last waits for others.
             num_samples: of the batch, on all ranks together; None has the ranks ask each other, which costs time.
             scale: applied to what the backward begins with, such as `torch.amp.GradScaler.scale`.
 
         Returns:
-            What `loss` gave for each portion, detached.
+            What `loss` gave for each micro_batch, detached.
 
         Raises:
             NoGradient: a parameter got no gradient, though it did in the first step.
@@ -132,9 +137,9 @@ class Replica:
         if self._main is not None:
             self._look_at_parameters()
         if num_samples is None:
-            num_samples = self._num_samples(portions)
-        *others, last = portions
-        found = [self._apart(loss, portion, num_samples, scale) for portion in others]
+            num_samples = self._num_samples(micro_batches)
+        *others, last = micro_batches
+        found = [self._apart(loss, micro_batch, num_samples, scale) for micro_batch in others]
         found.append(self._backward(loss, last, num_samples, scale))
         if self._main is not None:
             self._check_all_came()
@@ -142,21 +147,21 @@ class Replica:
             self.waited_s += self._last_wait_s()
         return found
 
-    def _num_samples(self, portions: Sequence[Portion]) -> int:
-        own = torch.tensor([sum(portion.num for portion in portions)], device="cpu")
+    def _num_samples(self, micro_batches: Sequence[MicroBatch]) -> int:
+        own = torch.tensor([sum(micro_batch.num for micro_batch in micro_batches)], device="cpu")
         return sum(int(num) for num in self._group.all_gather(own))
 
-    def _apart(self, loss: Loss, portion: Portion, num_samples: int, scale: Scale | None) -> torch.Tensor:
+    def _apart(self, loss: Loss, micro_batch: MicroBatch, num_samples: int, scale: Scale | None) -> torch.Tensor:
         if self._wrapped is None:
-            return self._backward(loss, portion, num_samples, scale)
+            return self._backward(loss, micro_batch, num_samples, scale)
         with self._wrapped.no_sync():
-            return self._backward(loss, portion, num_samples, scale)
+            return self._backward(loss, micro_batch, num_samples, scale)
 
-    def _backward(self, loss: Loss, portion: Portion, num_samples: int, scale: Scale | None) -> torch.Tensor:
-        values = self._forward(loss, portion.batch)
+    def _backward(self, loss: Loss, micro_batch: MicroBatch, num_samples: int, scale: Scale | None) -> torch.Tensor:
+        values = self._forward(loss, micro_batch.batch)
         # The ranks' gradients are averaged, so each gives its part of the mean times their number. One division: alone,
         # it is what backward() of the mean would pass on, bit for bit, without putting the mean into the graph.
-        weight = self._group.world_size * portion.num / (num_samples * values.numel()) if portion.num else 0.0
+        weight = self._group.world_size * micro_batch.num / (num_samples * values.numel()) if micro_batch.num else 0.0
         start = torch.full_like(values, weight)
         values.backward(start if scale is None else scale(start))  # type: ignore[no-untyped-call]  # torch's gap
         return values.detach()
@@ -238,7 +243,7 @@ class Replica:
             _settle(self._wrapped, self.net, _roots)
 
 
-def wrapped(net: torch.nn.Module, party: Party, *, bucket_mb: float | None = None) -> torch.nn.Module:
+def wrapped(net: torch.nn.Module, party: RankContext, *, bucket_mb: float | None = None) -> torch.nn.Module:
     """The network for a loop of the job's own: called as it is, its backward leaves the ranks' mean gradient.
 
     Every rank must call this; alone, it is the network itself. A loss that leaves out a parameter ends in an error.

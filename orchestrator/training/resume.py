@@ -1,11 +1,11 @@
 """Where a job is in its loops, and how one that runs again from its top comes back to that place.
 
-    course = Course(mark)
+    course = LoopReplay(mark)
     loop = course.begin(opens=True)             a call of `epochs`, or of `batches` with opens=False
     first = course.first(loop)                  its first item here; None: all of it is behind us
     course.give(loop) ... course.take(loop)     around the body of each item
     course.end(loop)
-    place = course.place(loop)                  at a safe point of `loop`; later Course(mark, place)
+    place = course.place(loop)                  at a safe point of `loop`; later LoopReplay(mark, place)
 
 A job that resumes runs again from its top. What it did up to its place is told apart by whether it trained: a loop that
 trained is not run again, since the state that is put back has seen it; one that did not, such as a look at the data, is
@@ -19,10 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
-__all__ = ["Astray", "Course", "Loop", "Place"]
+__all__ = ["Astray", "Loop", "LoopReplay", "Place"]
 
 Place: TypeAlias = "list[dict[str, object]]"
-"""Plain values, one entry a frame; see `Course.place`."""
+"""Plain values, one entry a frame; see `LoopReplay.place`."""
 
 _MANY = 1000
 """Answers in one frame that are worth asking whether they will ever be wanted."""
@@ -76,7 +76,7 @@ class _Frame:
     answers: list[object] = field(default_factory=list)
 
 
-class Course:
+class LoopReplay:
     """Where a job is.
 
     Args:

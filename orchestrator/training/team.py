@@ -1,6 +1,6 @@
 """What a trial's ranks do together: a part of each batch each, the gradients of all, one answer to what is reported.
 
-team = Team(party, seed)                            None, where one process trains alone
+team = TrialRanks(party, seed)                            None, where one process trains alone
 for batch in team.batches(samples, order, ...):     this rank's part of every batch
     mean = team.gradients(net, loss, batch)
     opt.step()
@@ -15,15 +15,15 @@ from collections.abc import Callable, Generator, Mapping
 import torch
 import torch.distributed as dist
 
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.training.data import dataset
 from orchestrator.training.data.dataset import Batch, Samples
-from orchestrator.training.data_parallel import Loss, Part, Portion, Replica, Scale, wrapped
+from orchestrator.training.data_parallel import Loss, MicroBatch, Replica, Scale, Shard, wrapped
 
-__all__ = ["Team", "cut"]
+__all__ = ["TrialRanks", "cut"]
 
 
-class Team:
+class TrialRanks:
     """The ranks of one trial, as one of them takes part.
 
     Args:
@@ -31,7 +31,7 @@ class Team:
         stream: gives a seed for one purpose of the trial.
     """
 
-    def __init__(self, party: Party, stream: Callable[[str], int]) -> None:
+    def __init__(self, party: RankContext, stream: Callable[[str], int]) -> None:
         self._party = party
         self._stream = stream
         self._replica: Replica | None = None
@@ -79,14 +79,14 @@ class Team:
         self, samples: Samples, rows: torch.Tensor, device: torch.device, begin: int
     ) -> Generator[Batch, None, None]:
         """Of batches of one size, a row of sample indices each."""
-        part = Part.of(rows.shape[1], self._party.rank, self._party.world_size)
+        part = Shard.of(rows.shape[1], self._party.rank, self._party.world_size)
         mine = rows[:, part.first : part.last].reshape(-1)
         for batch in dataset.batches(samples, mine, part.last - part.first, len(mine), device, begin):
             self._share = part.num, rows.shape[1]
             yield batch
 
     def gradients(
-        self, net: torch.nn.Module, loss: Loss, batch: Batch, *, portions: int = 1, scale: Scale | None = None
+        self, net: torch.nn.Module, loss: Loss, batch: Batch, *, micro_batches: int = 1, scale: Scale | None = None
     ) -> torch.Tensor:
         """Give the parameters the gradient of the whole batch's mean loss; returns this rank's own mean, shape ().
 
@@ -96,19 +96,19 @@ class Team:
             net: the network.
             loss: per-sample values.
             batch: this rank's part.
-            portions: in how many parts it passes through the network; only the last waits for other ranks.
+            micro_batches: in how many parts it passes through the network; only the last waits for other ranks.
             scale: as for `Replica.gradients`.
 
         Raises:
-            TypeError: the batch can't be cut into portions.
-            ValueError: `portions` is not positive.
+            TypeError: the batch can't be cut into micro-batches.
+            ValueError: `micro_batches` is not positive.
         """
         if self._replica is None or self._replica.net is not net:
             self._replica = Replica(net, self._party)
             if self._is_timed:
                 self._replica.time_waits()
         num, total = self._share or (dataset.length(batch), None)
-        found = self._replica.gradients(loss, cut(batch, num, portions), total, scale=scale)
+        found = self._replica.gradients(loss, cut(batch, num, micro_batches), total, scale=scale)
         return found[0].mean() if len(found) == 1 else torch.cat(found).mean()
 
     @property
@@ -149,16 +149,16 @@ class Team:
         return dict(zip(numbers, values.tolist(), strict=True))
 
 
-def cut(batch: Batch, num: int, portions: int) -> list[Portion]:
-    """A batch of which `num` samples count, in portions as even as can be.
+def cut(batch: Batch, num: int, micro_batches: int) -> list[MicroBatch]:
+    """A batch of which `num` samples count, in micro-batches as even as can be.
 
     Raises:
         TypeError: it can't be cut.
-        ValueError: `portions` is not positive.
+        ValueError: `micro_batches` is not positive.
     """
-    if portions < 1:
-        raise ValueError(f"portions is in how many parts a batch is taken, at least 1, not {portions}")
-    if portions == 1 or num < 2:
-        return [Portion(batch, num)]
-    parts = [Part.of(num, number, min(portions, num)) for number in range(min(portions, num))]
-    return [Portion(dataset.part(batch, one.first, one.last), one.num) for one in parts]
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches is in how many parts a batch is taken, at least 1, not {micro_batches}")
+    if micro_batches == 1 or num < 2:
+        return [MicroBatch(batch, num)]
+    parts = [Shard.of(num, number, min(micro_batches, num)) for number in range(min(micro_batches, num))]
+    return [MicroBatch(dataset.part(batch, one.first, one.last), one.num) for one in parts]

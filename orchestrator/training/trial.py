@@ -1,7 +1,7 @@
 """What a job sees: one trial, from its parameters to its outcome.
 
     def train(trial, *, epochs=10, batch_size=64):
-        trial.build(build)                                  # or net, opt = trial.keep(net=net, opt=opt)
+        trial.build(build)                                  # or net, opt = trial.prepare(net=net, opt=opt)
         for epoch in trial.epochs(epochs):
             for batch in trial.batches(train_set, batch_size):
                 trial.step(losses, batch)
@@ -29,15 +29,15 @@ from safetensors.torch import save as to_safetensors
 from orchestrator.config.spec import Metric
 from orchestrator.core.atomic import JsonObject
 from orchestrator.core.channel import say
-from orchestrator.distributed.control_group import Group
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.core.messages import AttemptEnded, Cause, Status
+from orchestrator.distributed.control_group import ControlGroup
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.results.objective import Diverged, Objective, finite
-from orchestrator.results.records import Cause, Status
 from orchestrator.stats import wire
 from orchestrator.stats.containers import Key, SummaryMap
 from orchestrator.stats.summary import Summary
 from orchestrator.training.checkpoint.files import Checkpoint
-from orchestrator.training.checkpoint.manager import Interrupted, Keeper
+from orchestrator.training.checkpoint.manager import CheckpointManager, Interrupted
 from orchestrator.training.checkpoint.serialization import Tree
 from orchestrator.training.checkpoint.state import Misfit, capture, restore
 from orchestrator.training.data import dataset
@@ -46,8 +46,8 @@ from orchestrator.training.data.sampling import Order, Weights
 from orchestrator.training.diagnostics.diagnostics import Wanted, Watch, line
 from orchestrator.training.metrics import Derived
 from orchestrator.training.precision import Losses, Precision
-from orchestrator.training.resume import Astray, Course, Loop, Place
-from orchestrator.training.team import Team
+from orchestrator.training.resume import Astray, Loop, LoopReplay, Place
+from orchestrator.training.team import TrialRanks
 from orchestrator.training.torch_state import refuse_inexact
 from orchestrator.training.values import named, trained_on
 
@@ -149,8 +149,8 @@ class Trial:
         attempt: int = 0,
         device: torch.device | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
-        party: Party | None = None,
-        keeper: Keeper | None = None,
+        party: RankContext | None = None,
+        keeper: CheckpointManager | None = None,
         found: Checkpoint | None = None,
     ) -> None:
         self.index = index
@@ -158,14 +158,14 @@ class Trial:
         self.seed = seed
         self.attempt = attempt
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.group = Group.alone() if party is None else party.group
-        self._team = None if party is None or party.world_size == 1 else Team(party, partial(stream, seed))
-        self._steps = self._team or Team(Party.alone(), partial(stream, seed))
+        self.group = ControlGroup.alone() if party is None else party.group
+        self._team = None if party is None or party.world_size == 1 else TrialRanks(party, partial(stream, seed))
+        self._steps = self._team or TrialRanks(RankContext.alone(), partial(stream, seed))
         self._precision = Precision(device=self.device)
         self.epoch = 0
         self.num_steps = 0
         self.state: State | None = None
-        self.memory: dict[str, object] = {}
+        self.extra_state: dict[str, object] = {}
         """What the job wants to have again where it goes on, such as a counter: numbers, texts, tensors, lists."""
         self._metric = metric
         self._emit = emit
@@ -183,7 +183,7 @@ class Trial:
         self._found = found
         self._watch: Watch | None = None
         place = None if found is None else self._place_of(found)
-        self._course = Course(self._mark, place)
+        self._course = LoopReplay(self._mark, place)
 
     # State
 
@@ -207,7 +207,7 @@ class Trial:
 
     def _state(self) -> State:
         if self.state is None:
-            raise RuntimeError("call trial.build(build) or trial.keep(net=..., opt=...) before training")
+            raise RuntimeError("call trial.build(build) or trial.prepare(net=..., opt=...) before training")
         return self.state
 
     def build(self, build: Callable[..., State], *, precision: str = "float32") -> State:
@@ -234,7 +234,7 @@ class Trial:
         self.state = state
         return state
 
-    def keep(
+    def prepare(
         self,
         *,
         net: torch.nn.Module,
@@ -335,7 +335,7 @@ class Trial:
         num: int | None = None,
         augment: Augment | None = None,
         keyed: bool = False,
-        loaders: int = 0,
+        num_workers: int = 0,
     ) -> Iterator[dataset.Batch]:
         """The batches of this epoch, on the trial's device, or those that are left.
 
@@ -359,14 +359,14 @@ class Trial:
                 the sample to train on.
             keyed: each batch ends with the keys of its samples, int64, shape (batch,): (x, y, keys); see
                 `orchestrator.training.augment` for what draws from them. A batch that is a dict gets them as "key".
-            loaders: how many processes read the samples; for a data set that takes its time for each.
+            num_workers: how many processes read the samples; for a data set that takes its time for each.
 
         Raises:
             TypeError: it is a DataLoader, and there are several ranks, or something is given that it would decide.
-            ValueError: the weights don't fit the samples, or not to what else is given; or `loaders` is negative.
+            ValueError: the weights don't fit the samples, or not to what else is given; or `num_workers` is negative.
         """
         if dataset.is_loader(samples):
-            return self._loaded(samples, is_plain=weights is None and augment is None and not keyed and not loaders)
+            return self._loaded(samples, is_plain=weights is None and augment is None and not keyed and not num_workers)
         size = dataset.num_samples(samples)  # type: ignore[arg-type]  # it checks what it is given
         order = Order.of(size, shuffle=shuffle, weights=weights, replacement=replacement, num=num)
         num_kept = order.num - order.num % batch_size if drop_last else order.num
@@ -376,7 +376,7 @@ class Trial:
         def source(first: int) -> Generator[dataset.Batch, None, None]:
             indices = order.indices(stream(self.seed, f"order/{self.epoch}"))
             seed = stream(self.seed, f"sample/{self.epoch}")
-            prepared = dataset.prepared(samples, seed, augment=augment, keyed=keyed, loaders=loaders)  # type: ignore[arg-type]
+            prepared = dataset.prepared(samples, seed, augment=augment, keyed=keyed, num_workers=num_workers)  # type: ignore[arg-type]
             taken = dataset.batches if self._team is None else self._team.batches
             return taken(
                 prepared, None if indices is None else indices[:num_kept], batch_size, num_kept, self.device, first
@@ -419,7 +419,7 @@ class Trial:
                 self._num_own = num_own  # it was no training
 
     def step(
-        self, losses: Losses, batch: dataset.Batch, *, portions: int = 1, clip_norm: float | None = None
+        self, losses: Losses, batch: dataset.Batch, *, micro_batches: int = 1, clip_norm: float | None = None
     ) -> float | torch.Tensor:
         """One optimizer step on the mean of the batch's losses; returns that mean, detached, shape ().
 
@@ -428,38 +428,38 @@ class Trial:
         Args:
             losses: per-sample values; see the module.
             batch: as `batches` gives it.
-            portions: in how many parts the batch passes through the network, to save memory; each rank's, where there
-                are several. Their gradients add up to that of the whole.
+            micro_batches: in how many parts the batch, or each rank's part of it, passes through the network, to save
+                memory. Their gradients add up to that of the whole.
             clip_norm: the most that the norm of all gradients together may be.
 
         Raises:
-            TypeError: the batch can't be cut into portions.
-            ValueError: `portions` or `clip_norm` is not positive.
+            TypeError: the batch can't be cut into micro-batches.
+            ValueError: `micro_batches` or `clip_norm` is not positive.
         """
         if self._watch is None:
-            return self._step(losses, batch, portions, clip_norm)
-        with self._watch.step(losses, batch, portions):
-            mean = self._step(losses, batch, portions, clip_norm)
+            return self._step(losses, batch, micro_batches, clip_norm)
+        with self._watch.step(losses, batch, micro_batches):
+            mean = self._step(losses, batch, micro_batches, clip_norm)
         if (every := self._watch.wanted.every) is not None and self.num_steps % every == 0:
             self._report_watched(self._watch)
         return mean
 
     def _step(
-        self, losses: Losses, batch: dataset.Batch, portions: int, clip_norm: float | None
+        self, losses: Losses, batch: dataset.Batch, micro_batches: int, clip_norm: float | None
     ) -> float | torch.Tensor:
         net, opt, precision, watch = self.net, self.opt, self._precision, self._watch
         if not net.training:
             net.train()
         _clear_gradients(opt)
         losses = precision.applied(losses)
-        if self._team is None and portions == 1 and precision.scaler is None:
+        if self._team is None and micro_batches == 1 and precision.scaler is None:
             loss = trained_on(losses, net, batch)
             # What backward() of the mean would pass on, bit for bit, without putting the mean into the graph.
             loss.backward(torch.full_like(loss, 1.0 / loss.numel()))  # type: ignore[no-untyped-call]  # torch's gap
             mean = loss.detach().mean()
         else:
             mean = self._steps.gradients(
-                net, partial(trained_on, losses), batch, portions=portions, scale=precision.scale
+                net, partial(trained_on, losses), batch, micro_batches=micro_batches, scale=precision.scale
             )
         look = None if watch is None else watch.look
         has_stepped = precision.step(opt, net.parameters(), clip_norm=clip_norm, look=look)
@@ -509,7 +509,7 @@ class Trial:
             "objective": self._objective.to_tree(),
             "best": self._best_weights,
             "validated": {name: _as_tree(value) for name, value in self._validated.items()},
-            "memory": self.memory,
+            "extra_state": self.extra_state,
             "generators": [one.get_state() for one in self._generators],
         }
 
@@ -517,7 +517,7 @@ class Trial:
         progress = cast("dict[str, object]", cast("dict[str, object]", found.state)["progress"])
         if progress["version"] != _PROGRESS:
             raise _astray(f"it is of version {progress['version']}, and this is version {_PROGRESS}")
-        self.memory.update(copy.deepcopy(cast("dict[str, object]", progress["memory"])))
+        self.extra_state.update(copy.deepcopy(cast("dict[str, object]", progress["extra_state"])))
         return cast(Place, progress["place"])
 
     def _first(self, loop: Loop, num: int) -> int:
@@ -535,7 +535,7 @@ class Trial:
         """The job has come back to where it is to go on: put everything back."""
         assert self._found is not None
         if self.state is None:
-            raise _astray("it has called neither trial.build nor trial.keep on its way")
+            raise _astray("it has called neither trial.build nor trial.prepare on its way")
         try:
             progress = cast("dict[str, object]", restore(self.state, self._found.state, self.group))
         except Misfit as error:
@@ -554,8 +554,8 @@ class Trial:
         self._best_weights = cast("dict[str, torch.Tensor] | None", progress["best"])
         validated = cast("dict[str, torch.Tensor | bytes]", progress["validated"])
         self._validated = {name: _from_tree(value) for name, value in validated.items()}
-        self.memory.clear()
-        self.memory.update(cast("dict[str, object]", progress["memory"]))
+        self.extra_state.clear()
+        self.extra_state.update(cast("dict[str, object]", progress["extra_state"]))
         self._generator_states = cast("list[torch.Tensor]", progress["generators"])
         for generator, state in zip(self._generators, self._generator_states, strict=False):
             generator.set_state(state)
@@ -751,7 +751,7 @@ def _astray(text: str) -> Interrupted:
         f"it can't go on from its checkpoint: {text}; a job must build the same and go the same way each time, and "
         "`orc resume --failed` has this trial begin anew"
     )
-    return Interrupted({"end": Cause.ERROR.value, "detail": detail})
+    return Interrupted(AttemptEnded(cause=Cause.ERROR, detail=detail))
 
 
 def _as_tree(value: torch.Tensor | Summary) -> Tree:

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import secrets
-import select
 import shutil
 import signal
 import subprocess
@@ -32,14 +31,14 @@ from orchestrator.config.spec import SweepSpec
 from orchestrator.core import atomic, scratch
 from orchestrator.core.atomic import Json, JsonObject
 from orchestrator.core.channel import Channel, Send, say, serve
+from orchestrator.core.messages import AttemptEnded, Cause, Message, RunTrial, Unable
 from orchestrator.core.paths import SweepPaths
 from orchestrator.core.process_tree import die_with_parent
-from orchestrator.core.signals import name_of
+from orchestrator.core.signals import name_of, wait_readable
 from orchestrator.errors import ProgramError
-from orchestrator.results.records import Cause
 from orchestrator.worker.command_reports import Reports, new_file, said_before
 
-__all__ = ["Runner", "attempt_folder", "expand", "flat", "prepared", "server"]
+__all__ = ["CommandRunner", "attempt_folder", "expand", "flat", "prepared", "server"]
 
 _GO_ON_LATER = 75
 _LOOK_S = 0.5
@@ -117,7 +116,7 @@ def _variable(name: str, environment: Mapping[str, str]) -> str:
         ) from None
 
 
-class Runner:
+class CommandRunner:
     """Runs one program after the other.
 
     Args:
@@ -139,10 +138,11 @@ class Runner:
         self._process: subprocess.Popen[bytes] | None = None
         self._noticed = False
         self._told = False
-        signal.signal(signal.SIGUSR1, self._pass_on)
+        # The supervisor's message says all: a signal alone may come from anybody, such as a program to its group.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    def _pass_on(self, *_: object) -> None:
-        """Tell the program of a notice, once, however often it comes."""
+    def _pass_on(self, _action: str = "leave") -> None:
+        """Tell the program of a notice of the supervisor's, once, however often it comes."""
         self._noticed = True
         if self._process is not None and not self._told:
             self._told = True
@@ -153,82 +153,92 @@ class Runner:
         """Run trials until the supervisor closes the channel."""
         serve(self._channel, self._attempt, self._pass_on, ends_rest=self._ENDS_REST)
 
-    def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
+    def _attempt(self, assigned: RunTrial, send: Send) -> Message:
         try:
             with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as folder:
-                return self._run(message, Path(folder), send)
+                return self._run(assigned, Path(folder), send)
         except OSError as error:  # a full disk, say, which is not the trial's fault
-            return {"broken": f"{error.filename or self._scratch}: {error.strerror or error}"}
+            return Unable(reason=f"{error.filename or self._scratch}: {error.strerror or error}")
 
-    def _run(self, message: JsonObject, folder: Path, send: Send) -> JsonObject:
-        params = message["params"]
-        assert isinstance(params, dict)
+    def _run(self, assigned: RunTrial, folder: Path, send: Send) -> Message:
+        params = assigned.params
         # In this order: what an earlier attempt, which may still be at work, reports later is not in this checkpoint.
-        checkpoint = self._checkpoints(message)
-        params_file, reports = folder / "params.json", self._reports(message, folder, send)
+        checkpoint = self._checkpoints(assigned)
+        params_file, reports = folder / "params.json", self._reports(assigned, folder, send)
         params_file.write_bytes(orjson.dumps(params))
-        environment = self._environment(message, params_file, reports.path, checkpoint)
+        environment = self._environment(assigned, params_file, reports.path, checkpoint)
         try:
             argv = expand(self._command, params, params_file=params_file, environment=environment)
         except ProgramError as error:
-            return {"end": Cause.ERROR.value, "detail": str(error)}
+            return AttemptEnded(cause=Cause.ERROR, detail=str(error))
         self._told = False
         try:
             self._process = subprocess.Popen(
-                argv, env=environment, stdin=subprocess.DEVNULL, preexec_fn=partial(_defaults, os.getpid())
+                argv,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # a signal to its group is not for this process, nor for the next program
+                preexec_fn=partial(_defaults, os.getpid()),
             )
         except (OSError, ValueError) as error:  # ValueError: a null character in a value
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            return {"end": Cause.ERROR.value, "detail": f"{argv[0]} can't be started: {reason}"}
+            return AttemptEnded(cause=Cause.ERROR, detail=f"{argv[0]} can't be started: {reason}")
         if self._noticed:
             self._pass_on()  # it came before there was a program to tell
         self._wait(reports)
         code, self._process = self._process.returncode, None
         reports.look(final=True)
         answer = _ended(code) or self._outcome(reports)
-        if answer.get("end") == Cause.ERROR.value:
+        if isinstance(answer, AttemptEnded) and answer.cause is Cause.ERROR:
             check_room(self._paths.checkpoints)
         return answer
 
-    def _reports(self, message: JsonObject, folder: Path, send: Send) -> Reports:
-        """What counts lies beside the checkpoints: who goes on from one has reported what came before it."""
-        index, attempt = int(str(message["index"])), int(str(message["attempt"]))
+    def _reports(self, assigned: RunTrial, folder: Path, send: Send) -> Reports:
+        """Return the reports, whose file lies beside the checkpoints: one that is resumed from has its reports, too."""
+        index, attempt = assigned.index, assigned.attempt
         earlier = earlier_with_checkpoint(self._paths.checkpoint(index), attempt)
         path = new_file(self._paths, index, attempt, earlier)
         return Reports(path, self._spec, send, said_before(self._paths, index, earlier))
 
-    def _outcome(self, reports: Reports) -> JsonObject:
-        """What the trial came to, after its program has left with 0."""
+    def _outcome(self, reports: Reports) -> Message:
+        """Return what the trial came to, after its program has left with 0."""
         return reports.outcome()
 
     def _wait(self, reports: Reports) -> None:
         assert self._process is not None
         handle = os.pidfd_open(self._process.pid)
         try:
-            while not select.select([handle], [], [], _LOOK_S)[0]:
+            while handle not in self._wait_for_news(handle):
                 reports.look()
         finally:
             os.close(handle)
         self._process.wait()
+
+    def _wait_for_news(self, handle: int) -> set[int]:
+        """Wait until the program ends, or the supervisor says something, or it is time to look at the reports."""
+        channel = [] if self._channel.closed else [self._channel.fileno()]
+        ready = wait_readable([handle, *channel], _LOOK_S)
+        for action in self._channel.notices() if ready.intersection(channel) else ():
+            self._pass_on(action)
+        return ready
 
     def _python_path(self) -> list[str]:
         before = os.environ.get("PYTHONPATH")
         first = dict.fromkeys(map(str, (self._lineage.folder, self._lineage.code, *self._lineage.twins(sys.path))))
         return [*first, *([before] if before else [])]
 
-    def _checkpoints(self, message: JsonObject) -> Path:
-        """The attempt's checkpoint folder, which is there now."""
-        index, attempt = int(str(message["index"])), int(str(message["attempt"]))
-        return checkpoint_folder(self._paths.checkpoint(index), attempt)
+    def _checkpoints(self, assigned: RunTrial) -> Path:
+        """Make the attempt's checkpoint folder and return it."""
+        return checkpoint_folder(self._paths.checkpoint(assigned.index), assigned.attempt)
 
-    def _environment(self, message: JsonObject, params_file: Path, report: Path, checkpoint: Path) -> dict[str, str]:
+    def _environment(self, assigned: RunTrial, params_file: Path, report: Path, checkpoint: Path) -> dict[str, str]:
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(self._python_path()),
             "ORC_SWEEP": str(self._paths.root),
-            "ORC_TRIAL": str(message["index"]),
-            "ORC_ATTEMPT": str(message["attempt"]),
-            "ORC_SEED": str(message["seed"]),
+            "ORC_TRIAL": str(assigned.index),
+            "ORC_ATTEMPT": str(assigned.attempt),
+            "ORC_SEED": str(assigned.seed),
             "ORC_PARAMS": str(params_file),
             "ORC_REPORT": str(report),
             "ORC_CODE": str(self._lineage.folder),
@@ -370,23 +380,24 @@ def _defaults(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started the supervisor may block some
 
 
-def _ended(code: int) -> JsonObject | None:
-    """The end of an attempt whose program left with `code`; None when it left with 0."""
+def _ended(code: int) -> AttemptEnded | None:
+    """Return the end of an attempt whose program left with `code`; None when it left with 0."""
     if code == 0:
         return None
     if code < 0:
-        return {"end": Cause.SIGNAL.value, "detail": f"killed by {name_of(-code)}"}
+        return AttemptEnded(cause=Cause.SIGNAL, detail=f"killed by {name_of(-code)}")
     if code == _GO_ON_LATER:
-        return {"end": Cause.PREEMPTED.value, "detail": "left with exit code 75, to go on later"}
-    return {"end": Cause.ERROR.value, "detail": f"left with exit code {code}"}
+        return AttemptEnded(cause=Cause.PREEMPTED, detail="left with exit code 75, to go on later")
+    return AttemptEnded(cause=Cause.ERROR, detail=f"left with exit code {code}")
 
 
 def server(paths: SweepPaths, spec: SweepSpec, at_end: contextlib.ExitStack) -> Callable[[Channel], None]:
     """What serves a command sweep's trials in a worker process; `at_end` removes what workers that were killed left."""
     spec, folder = prepared(spec, at_end)
-    return lambda channel: Runner(paths, spec, channel, folder).serve()
+    return lambda channel: CommandRunner(paths, spec, channel, folder).serve()
 
 
 def prepared(spec: SweepSpec, at_end: contextlib.ExitStack) -> tuple[SweepSpec, Path]:

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its stubs
 
 from orchestrator.config.spec import Launch, Retries, SweepSpec
-from orchestrator.core.atomic import JsonObject
 from orchestrator.core.channel import Channel, Send, say
+from orchestrator.core.messages import AttemptEnded, Cause, Message, RankDone, RankStarted, RunTrial
 from orchestrator.core.paths import SweepPaths
-from orchestrator.distributed.rendezvous import LOOPBACK, Invitation, NotMet, hosted
-from orchestrator.results.records import Cause
-from orchestrator.worker.command import Runner, attempt_folder, prepared
+from orchestrator.distributed.rendezvous import LOOPBACK, RendezvousFailed, RendezvousRequest, hosted
+from orchestrator.worker.command import CommandRunner, attempt_folder, prepared
 from orchestrator.worker.command_reports import Reports
 
 __all__ = ["RankRunner", "server", "variables"]
@@ -34,7 +34,7 @@ _FAR_JOIN_S = 180.0
 """The same on several nodes: a shared file system may show a new file to others after a minute."""
 
 
-class RankRunner(Runner):
+class RankRunner(CommandRunner):
     """Runs the program of one rank, and stays until the supervisor ends it: the others may still need the store.
 
     Args:
@@ -54,55 +54,54 @@ class RankRunner(Runner):
         self._tells: Send = channel.send
         self._store: TCPStore | None = None
 
-    def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
-        self._rank, self._tells = int(str(message["rank"])), send
+    def _attempt(self, assigned: RunTrial, send: Send) -> Message:
+        self._rank, self._tells = assigned.rank, send
         try:
-            answer = super()._attempt(message, send)
-        except NotMet as error:
+            answer = super()._attempt(assigned, send)
+        except RendezvousFailed as error:
             say(str(error))
-            answer = {"end": Cause.SIGNAL.value, "peer": self._rank > 0, "detail": str(error)}
+            answer = AttemptEnded(cause=Cause.SIGNAL, detail=str(error), peer=self._rank > 0)
         # What ends after a notice is no reason to end the others, which may be saving.
-        return answer | {"noticed": True} if self._noticed else answer
+        return replace(answer, noticed=True) if self._noticed and isinstance(answer, AttemptEnded) else answer
 
     def _wait(self, reports: Reports) -> None:
         assert self._process is not None
-        self._tells({"pid": self._process.pid})
+        self._tells(RankStarted(pid=self._process.pid))
         super()._wait(reports)
 
-    def _reports(self, message: JsonObject, folder: Path, send: Send) -> Reports:
+    def _reports(self, assigned: RunTrial, folder: Path, send: Send) -> Reports:
         if self._rank == 0:
-            return super()._reports(message, folder, send)
+            return super()._reports(assigned, folder, send)
         return Reports(folder / "report.jsonl", self._spec, send)
 
-    def _outcome(self, reports: Reports) -> JsonObject:
-        return super()._outcome(reports) if self._rank == 0 else {"done": True}
+    def _outcome(self, reports: Reports) -> Message:
+        return super()._outcome(reports) if self._rank == 0 else RankDone()
 
-    def _checkpoints(self, message: JsonObject) -> Path:
+    def _checkpoints(self, assigned: RunTrial) -> Path:
         """One for all ranks, which rank 0 makes before it says where the store is."""
         if self._rank == 0:
-            return super()._checkpoints(message)
-        return attempt_folder(self._paths.checkpoint(int(str(message["index"]))), int(str(message["attempt"])))
+            return super()._checkpoints(assigned)
+        return attempt_folder(self._paths.checkpoint(assigned.index), assigned.attempt)
 
-    def _environment(self, message: JsonObject, params_file: Path, report: Path, checkpoint: Path) -> dict[str, str]:
-        found = super()._environment(message, params_file, report, checkpoint)
-        self._store = hosted(self._invitation(message, str(message.get("host", LOOPBACK))))
-        return found | variables(
+    def _environment(self, assigned: RunTrial, params_file: Path, report: Path, checkpoint: Path) -> dict[str, str]:
+        environment = super()._environment(assigned, params_file, report, checkpoint)
+        self._store = hosted(self._invitation(assigned))
+        return environment | variables(
             self._rank,
             self._spec.launch,
-            num_here=int(str(message["local_size"])),
-            attempt=int(str(message["attempt"])),
-            run=f"{self._paths.id}.{message['index']}",
+            num_here=assigned.local_size,
+            attempt=assigned.attempt,
+            run=f"{self._paths.id}.{assigned.index}",
             address=(self._store.host, self._store.port),
-            given=found,
+            given=environment,
         )
 
-    def _invitation(self, message: JsonObject, host: str) -> Invitation:
-        """To the store; `host` is a name of rank 0's machine that the machines of all ranks know."""
-        launch = self._spec.launch
-        return Invitation(
+    def _invitation(self, assigned: RunTrial) -> RendezvousRequest:
+        """Return the invitation to the store."""
+        launch, host = self._spec.launch, assigned.host
+        return RendezvousRequest(
             folder=self._meeting,
-            whose=f"trial {message['index']}, attempt {message['attempt']}, of {self._paths.id}"
-            f", by {str(message['writer'])[:8]}",
+            whose=f"trial {assigned.index}, attempt {assigned.attempt}, of {self._paths.id}, by {assigned.writer[:8]}",
             rank=self._rank,
             world_size=launch.num_ranks,
             host=host,

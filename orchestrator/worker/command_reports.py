@@ -16,16 +16,15 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.config.spec import SweepSpec
 from orchestrator.core import atomic
 from orchestrator.core.atomic import JsonObject
-from orchestrator.core.channel import say
+from orchestrator.core.channel import Send, say
+from orchestrator.core.messages import AttemptEnded, Cause, Message, Outcome, Reported
 from orchestrator.core.paths import SweepPaths
 from orchestrator.results.objective import Diverged, NoResult, Objective, finite
-from orchestrator.results.records import Cause
 
 __all__ = ["Reports", "forget", "joined", "new_file", "said_before"]
 
@@ -107,9 +106,7 @@ class Reports:
         before: lines of earlier attempts, which were passed on by them.
     """
 
-    def __init__(
-        self, path: Path, spec: SweepSpec, send: Callable[[JsonObject], None], before: list[bytes] | None = None
-    ) -> None:
+    def __init__(self, path: Path, spec: SweepSpec, send: Send, before: list[bytes] | None = None) -> None:
         self.path = path
         self._before = before or []
         self._send = send
@@ -139,10 +136,10 @@ class Reports:
         for one in joined(before, [line])[:-1]:
             self._take(one, lambda message: None)
 
-    def _take(self, line: bytes, send: Callable[[JsonObject], None]) -> None:
+    def _take(self, line: bytes, send: Send) -> None:
         try:
             step, metrics = _split(json.loads(line), self._lines)
-            send({"report": {"step": step, "metrics": finite(metrics)}})
+            send(Reported(step=step, metrics=finite(metrics)))
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             say(f"ORC_REPORT: not a report: {line[:200]!r}")
             return
@@ -153,13 +150,13 @@ class Reports:
             except Diverged:
                 self._diverged = True
 
-    def outcome(self) -> JsonObject:
-        """What the trial came to, after its program has left with 0."""
+    def outcome(self) -> Message:
+        """Return what the trial came to, after its program has left with 0."""
         try:
             status, payload = self._objective.outcome()
         except NoResult as error:
-            return {"end": Cause.ERROR.value, "detail": str(error)}
-        return {"outcome": status.value, "payload": payload}
+            return AttemptEnded(cause=Cause.ERROR, detail=str(error))
+        return Outcome(status=status, payload=payload)
 
 
 def _split(report: dict[str, object], line: int) -> tuple[int, dict[str, float]]:

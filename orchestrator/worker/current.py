@@ -235,7 +235,7 @@ def current(**defaults: Json) -> Attempt:
     if "orchestrator.worker.single" in sys.modules and "ORC_TRIAL" not in os.environ:
         raise UsageError(
             "orc.current() is for programs that a command: starts; this is a program:, whose train(trial, ...) has "
-            "trial.params, trial.report and trial.memory"
+            "trial.params, trial.report and trial.extra_state"
         )
     if _current is None:
         _current = Attempt(os.environ, defaults)

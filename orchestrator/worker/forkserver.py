@@ -4,13 +4,8 @@
 
 Importing torch, its optimizers and the job costs seconds; a fork costs milliseconds and shares the memory. Forking is
 safe only while this process has a single thread and no CUDA context, so both are checked after the imports; otherwise
-the parent says so and the supervisor starts every worker as a process of its own (`--fresh`). Messages, over
-`orchestrator.core.channel`:
-
-    to us      {"fork": slot, "rank": rank, "log": path or null, "devices": GPUs or null} and the worker's end of its
-               channel, a file descriptor
-    from us    {"ready": true, "fork": bool}  or  {"broken": text} when the program can't be imported
-               {"forked": slot, "rank": rank, "pid": pid}, later {"exited": slot, "rank": rank, "status": wait status}
+the parent says so and the supervisor starts every worker as a process of its own (`--fresh`). What it is told and what
+it answers: `orchestrator.core.messages`.
 """
 
 from __future__ import annotations
@@ -19,7 +14,6 @@ import argparse
 import contextlib
 import gc
 import os
-import select
 import shutil
 import signal
 import sys
@@ -31,10 +25,11 @@ from typing import NoReturn
 
 from orchestrator.config.plan import PlanFile
 from orchestrator.core import guardian
-from orchestrator.core.atomic import JsonObject
 from orchestrator.core.channel import Channel
+from orchestrator.core.messages import Forked, ForkWorker, ImportDone, ImportFailed, WorkerExited, WorkerId
 from orchestrator.core.paths import SweepPaths
 from orchestrator.core.process_tree import adopt_orphans, children, end_descendants, has_children, start_time
+from orchestrator.core.signals import wait_readable
 
 __all__ = ["main"]
 
@@ -110,7 +105,7 @@ class ForkServer:
         self._channel = channel
         self._serve = serve
         self._parents = [os.getpid(), *([] if supervisor is None else [supervisor])]
-        self._posts: dict[int, tuple[int, int]] = {}
+        self._workers: dict[int, WorkerId] = {}
         self._before = set(children())  # the program started them when it was imported
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
@@ -124,6 +119,7 @@ class ForkServer:
                 if self._is_asked():
                     messages, fds = self._channel.receive_with_fds()
                     for message, fd in zip(messages, fds, strict=True):
+                        assert isinstance(message, ForkWorker)
                         self._fork(message, fd)
         finally:
             self._end_workers()
@@ -132,32 +128,30 @@ class ForkServer:
     def _wait(self, timeout_s: float | None) -> None:
         """Until the supervisor asks, or a child ends, which is reaped."""
         channel = [] if self._channel.closed else [self._channel.fileno()]
-        if self._wake_read in select.select([*channel, self._wake_read], [], [], timeout_s)[0]:
+        if self._wake_read in wait_readable([*channel, self._wake_read], timeout_s):
             self._reap()
 
     def _is_asked(self) -> bool:
-        return bool(select.select([self._channel.fileno()], [], [], 0)[0])
+        return bool(wait_readable([self._channel.fileno()], 0))
 
     def _end_workers(self) -> None:
         """Have every guardian end its worker, and what that has left in order."""
-        for pid in self._posts:
+        for pid in self._workers:
             os.kill(pid, guardian.END)
         until = time.monotonic() + _END_S
-        while self._posts and (left_s := until - time.monotonic()) > 0:
+        while self._workers and (left_s := until - time.monotonic()) > 0:
             self._wait(left_s)
 
-    def _fork(self, message: JsonObject, fd: int) -> None:
-        post, log = (int(str(message["fork"])), int(str(message["rank"]))), message["log"]
-        devices = message.get("devices")
+    def _fork(self, request: ForkWorker, fd: int) -> None:
         pid = os.fork()
         if pid == 0:
-            if devices is not None:  # CUDA reads it when it is first used, which this process has not done
-                os.environ["CUDA_VISIBLE_DEVICES"] = str(devices)
-            self._become_worker(fd, str(log) if log else None)
+            if request.devices is not None:  # CUDA reads it when it is first used, which this process has not done
+                os.environ["CUDA_VISIBLE_DEVICES"] = request.devices
+            self._become_worker(fd, request.log)
         lead_group(pid)
         os.close(fd)
-        self._posts[pid] = post
-        self._channel.send({"forked": post[0], "rank": post[1], "pid": pid})
+        self._workers[pid] = request.worker
+        self._channel.send(Forked(slot=request.slot, rank=request.rank, pid=pid))
 
     def _become_worker(self, fd: int, log: str | None) -> None:
         status = 1
@@ -186,13 +180,13 @@ class ForkServer:
             since = start_time(pid)
             _, status = os.waitpid(pid, 0)
             self._before.discard(pid)
-            post = self._posts.pop(pid, None)
-            if post is None:  # the program started it when it was imported
+            worker = self._workers.pop(pid, None)
+            if worker is None:  # the program started it when it was imported
                 continue
             if os.WIFSIGNALED(status):
                 # A guardian that was killed has ended nothing: what it left is ours now, and no older than it was.
-                end_descendants(keep={*self._posts, *self._before}, since=since)
-            self._channel.send({"exited": post[0], "rank": post[1], "status": status})
+                end_descendants(keep={*self._workers, *self._before}, since=since)
+            self._channel.send(WorkerExited(slot=worker.slot, rank=worker.rank, status=status))
 
 
 def _leave() -> NoReturn:
@@ -221,14 +215,18 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.fresh:
         adopt_orphans()
     channel = Channel.from_fd(options.fd)
-    at_end = contextlib.ExitStack()
+    at_end, me = contextlib.ExitStack(), os.getpid()
     gc.disable()  # hardly anything that is imported becomes garbage, and looking for it takes a tenth of the time
     try:
         serve = load(SweepPaths(options.dir), at_end, options.folder)
     except BaseException as error:
         traceback.print_exc()
-        channel.send({"broken": f"{type(error).__name__}: {error}"})
+        if os.getpid() != me:
+            os._exit(1)
+        channel.send(ImportFailed(error=f"{type(error).__name__}: {error}"))
         raise SystemExit(1) from None
+    if os.getpid() != me:
+        _leave()  # the program has forked when it was imported, and this is the child
     gc.freeze()  # workers neither look through it nor, by that, copy the pages that they share
     gc.enable()
     if options.fresh:
@@ -238,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     can_fork = forkable()
     if can_fork and options.folder is not None:
         at_end.callback(shutil.rmtree, options.folder, ignore_errors=True)
-    channel.send({"ready": True, "fork": can_fork})
+    channel.send(ImportDone(forks=can_fork))
     with at_end:
         if can_fork:
             ForkServer(channel, serve, options.supervisor).run()

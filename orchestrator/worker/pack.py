@@ -10,33 +10,34 @@ import contextlib
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
 import torch
 
-from orchestrator.config.plan import Trial as Planned
-from orchestrator.config.program import Job
+from orchestrator.config.plan import PlannedTrial as Planned
+from orchestrator.config.program import LoadedJob
 from orchestrator.config.signatures import split
 from orchestrator.config.spec import SweepSpec
 from orchestrator.core.atomic import JsonObject
 from orchestrator.core.channel import Channel, Send, say
+from orchestrator.core.messages import AttemptEnded, Cause, Message, Outcome, PackDone, Progress, Resumed, RunTrial
 from orchestrator.core.paths import SweepPaths
 from orchestrator.results.objective import Diverged, NoResult
-from orchestrator.results.records import Cause
 from orchestrator.training.checkpoint.files import Checkpoint, Checkpoints, Identity
-from orchestrator.training.checkpoint.manager import Interrupted, Keeper
+from orchestrator.training.checkpoint.manager import CheckpointManager, Interrupted
 from orchestrator.training.packing.members import Unlike, Unpackable
 from orchestrator.training.packing.pack import Member, PackedTrial, seed_of
 from orchestrator.training.trial import Result
-from orchestrator.worker.single import Worker, check_devices, described, loaded, reset
+from orchestrator.worker.single import TrialWorker, check_devices, described, loaded, reported, reset
 
 __all__ = ["PackWorker", "server"]
 
 Part = tuple[Planned, ...]
 
 
-class PackWorker(Worker):
+class PackWorker(TrialWorker):
     """Trains the packs that come over a channel.
 
     Args:
@@ -46,58 +47,57 @@ class PackWorker(Worker):
         channel: to the supervisor.
     """
 
-    def __init__(self, paths: SweepPaths, spec: SweepSpec, job: Job, channel: Channel) -> None:
+    def __init__(self, paths: SweepPaths, spec: SweepSpec, job: LoadedJob, channel: Channel) -> None:
         super().__init__(paths, spec, job, channel)
         self._found: dict[int, Checkpoint | None] = {}
         self._heard: list[str] = []
 
-    def _done(self, message: JsonObject, send: Send) -> JsonObject:
+    def _done(self, assigned: RunTrial, send: Send) -> Message:
         check_devices(self._spec.launch.gpus)
         self._found.clear()
         self._heard.clear()
-        parts = [tuple(Planned(**one) for one in cast("list[JsonObject]", message["pack"]))]  # type: ignore[arg-type]
+        parts = [tuple(Planned(**one) for one in cast("list[JsonObject]", assigned.pack))]  # type: ignore[arg-type]
         whole, failed = parts[0], ""
         while parts:
             part = parts.pop(0)
-            if not self._open(part, message):
+            if not self._open(part, assigned):
                 continue
             try:
-                failed = self._part_tried(part, message, send) or failed
+                failed = self._part_tried(part, assigned, send) or failed
             except Unlike as unlike:
                 say(f"--- {len(part)} trials train in {len(unlike.groups)} parts: {unlike.reason}")
                 parts[:0] = [tuple(part[place] for place in group) for group in unlike.groups]
             except Interrupted as interrupted:
-                if part != whole:
-                    interrupted.answer.pop("step", None)  # of this part alone
+                answer = interrupted.answer
+                if part != whole and isinstance(answer, AttemptEnded):
+                    raise Interrupted(replace(answer, step=None)) from None  # the step is of this part alone
                 raise
-        return {"end": Cause.ERROR.value, "detail": failed} if failed else {"over": True}
+        return AttemptEnded(cause=Cause.ERROR, detail=failed) if failed else PackDone()
 
     @staticmethod
-    def _open(part: Part, message: JsonObject) -> list[int]:
-        """The trials of a part that have no outcome."""
-        open_ = cast("list[int]", message["open"])
-        return [one.index for one in part if one.index in open_]
+    def _open(part: Part, assigned: RunTrial) -> list[int]:
+        """Return the trials of a part that have no outcome."""
+        return [planned.index for planned in part if planned.index in assigned.open]
 
-    def _part_tried(self, part: Part, message: JsonObject, send: Send) -> str:
+    def _part_tried(self, part: Part, assigned: RunTrial, send: Send) -> str:
         """As `_part_done`; an error of the job in one part is told as well, and costs the others nothing."""
         try:
-            return self._part_done(part, message, send)
+            return self._part_done(part, assigned, send)
         except (Interrupted, Unlike, MemoryError, torch.OutOfMemoryError, OSError):
             raise
         except Exception as error:
             say(traceback.format_exc())
             return described(error)
 
-    def _part_done(self, part: Part, message: JsonObject, send: Send) -> str:
+    def _part_done(self, part: Part, assigned: RunTrial, send: Send) -> str:
         """Train a part and tell what its trials came to; returns why one of them has no result, if one has none.
 
         The best come first: a model that doesn't rank among those of the part isn't written, and the outcomes that it
         is beaten by must be there whenever this process may be killed.
         """
-        pack = self._trained(part, message, send)
-        open_, failed, found = self._open(part, message), "", dict[int, Result]()
-        bar = message["bar"]
-        own = pack.bar(bar if isinstance(bar, float) else None, self._spec.reduce.top, open_)
+        pack = self._trained(part, assigned, send)
+        open_, failed, found = self._open(part, assigned), "", dict[int, Result]()
+        own = pack.bar(assigned.bar, self._spec.reduce.top, open_)
         for member in pack.members:
             if member.index in open_:
                 try:
@@ -106,9 +106,9 @@ class PackWorker(Worker):
                     failed = str(error)
         for index in sorted(found, key=lambda index: (*self._rank(found[index]), index)):
             answer = self._kept(index, found[index])
-            if "broken" in answer:
+            if not isinstance(answer, Outcome):
                 raise Interrupted(answer)
-            send({**answer, "trial": index})
+            send(replace(answer, trial=index))
         return failed
 
     def _rank(self, result: Result) -> tuple[bool, float]:
@@ -124,14 +124,14 @@ class PackWorker(Worker):
         self._heard += words
         return words
 
-    def _trained(self, part: Part, message: JsonObject, send: Send) -> PackedTrial:
+    def _trained(self, part: Part, assigned: RunTrial, send: Send) -> PackedTrial:
         self._listen()
         self._words, self._heard = [*self._heard, *self._words], []
         self._noticed = bool(self._words)
         reset(seed_of(one.seed for one in part), self._spec.launch.cpus, self._cwd, self._environment, self._settings)
-        keeper = self._keeper = self._keeper_of(part, message, send)
+        keeper = self._keeper = self._keeper_of(part, assigned, send)
         try:
-            pack, for_train = self._pack(part, message, send, keeper)
+            pack, for_train = self._pack(part, assigned, send, keeper)
             with contextlib.suppress(Diverged), warnings.catch_warnings():
                 self._run(pack, for_train)
             pack.check_end()
@@ -141,24 +141,26 @@ class PackWorker(Worker):
             self._keeper, self._has_saved = None, keeper.has_saved
             keeper.close()
 
-    def _keeper_of(self, part: Part, message: JsonObject, send: Send) -> Keeper:
-        lead, together = part[0].index, list(self._open(part, message))
+    def _keeper_of(self, part: Part, assigned: RunTrial, send: Send) -> CheckpointManager:
+        lead, together = part[0].index, list(self._open(part, assigned))
         whose = Identity(sweep=self._paths.id, trial=lead)
-        checkpoints = Checkpoints(self._paths.checkpoint(lead), whose, str(message["writer"]), say=say)
-        return Keeper(
+        checkpoints = Checkpoints(self._paths.checkpoint(lead), whose, assigned.writer, say=say)
+        return CheckpointManager(
             checkpoints,
             self._spec.checkpoint,
             hears=self._hears_again,
-            tells=lambda told: send({**told, "trial": lead, "together": [*together]}),
+            tells=lambda told: send(_of_pack(told, lead, together)),
             say=say,
         )
 
-    def _pack(self, part: Part, message: JsonObject, send: Send, keeper: Keeper) -> tuple[PackedTrial, JsonObject]:
+    def _pack(
+        self, part: Part, assigned: RunTrial, send: Send, keeper: CheckpointManager
+    ) -> tuple[PackedTrial, JsonObject]:
         """The pack of a part, as far as it was done before, and the parameters that `train` takes."""
         taken = [split(one.params, self._job.build, self._job.train) for one in part]
         if any(for_train != taken[0][1] for _, for_train in taken):
             raise Unpackable("train takes parameters that are not equal for all trials of a pack")
-        attempt, lead = int(str(message["attempt"])), part[0].index
+        attempt, lead = assigned.attempt, part[0].index
         if lead not in self._found:
             self._found[lead] = keeper.newest() if attempt else None
         members = [
@@ -183,7 +185,14 @@ class PackWorker(Worker):
 
 
 def _emit(send: Send, trial: int, report: JsonObject) -> None:
-    send({"report": report, "trial": trial})
+    send(reported(report, trial))
+
+
+def _of_pack(message: Message, lead: int, together: list[int]) -> Message:
+    """The message of a keeper, for all trials of a part."""
+    if isinstance(message, Resumed):
+        return replace(message, trial=lead, together=together)
+    return replace(message, trial=lead) if isinstance(message, Progress) else message
 
 
 def server(paths: SweepPaths, spec: SweepSpec) -> Callable[[Channel], None]:

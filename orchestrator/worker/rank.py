@@ -11,19 +11,18 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.config.program import Job
+from orchestrator.config.program import LoadedJob
 from orchestrator.config.spec import SweepSpec
-from orchestrator.core.atomic import JsonObject
 from orchestrator.core.channel import Channel, Send, say, serve
+from orchestrator.core.messages import AttemptEnded, Cause, Message, RankDone, RankStarted, RunTrial, Unable
 from orchestrator.core.paths import SweepPaths
 from orchestrator.distributed.consensus import OutOfStep
 from orchestrator.distributed.control_group import PeerLost
-from orchestrator.distributed.rendezvous import LOOPBACK, Invitation, NotMet, met
+from orchestrator.distributed.rendezvous import LOOPBACK, RendezvousFailed, RendezvousRequest, met
 from orchestrator.errors import OrcError
-from orchestrator.results.records import Cause
-from orchestrator.training.checkpoint.concord import Concord
-from orchestrator.training.checkpoint.manager import Interrupted, Keeper
-from orchestrator.worker.single import Worker, check_devices, loaded
+from orchestrator.training.checkpoint.concord import RankCheckpointManager
+from orchestrator.training.checkpoint.manager import CheckpointManager, Interrupted
+from orchestrator.worker.single import TrialWorker, check_devices, loaded
 
 __all__ = ["RankWorker", "server"]
 
@@ -31,11 +30,11 @@ _JOIN_S = 60.0
 """How long to wait for the others at the begin, at least: where nothing is forked each rank imports the job anew."""
 _FAR_JOIN_S = 180.0
 """The same on several nodes: a shared file system may show a new file to others after a minute."""
-_BY_ALL = (PeerLost, NotMet, OutOfStep)
+_BY_ALL = (PeerLost, RendezvousFailed, OutOfStep)
 """What tells of other ranks, or of all of them, and not of this one alone."""
 
 
-class RankWorker(Worker):
+class RankWorker(TrialWorker):
     """Trains its part of one trial.
 
     Args:
@@ -46,7 +45,7 @@ class RankWorker(Worker):
         folder: where the ranks of this supervisor's trials meet.
     """
 
-    def __init__(self, paths: SweepPaths, spec: SweepSpec, job: Job, channel: Channel, folder: Path) -> None:
+    def __init__(self, paths: SweepPaths, spec: SweepSpec, job: LoadedJob, channel: Channel, folder: Path) -> None:
         super().__init__(paths, spec, job, channel)
         self._folder = folder
 
@@ -54,52 +53,54 @@ class RankWorker(Worker):
         """Train until the trial has ended."""
         serve(self._channel, self._attempt, self._told, once=True)
 
-    def _done(self, message: JsonObject, send: Send) -> JsonObject:
-        send({"pid": os.getpid()})
+    def _done(self, assigned: RunTrial, send: Send) -> Message:
+        send(RankStarted(pid=os.getpid()))
         try:
-            return self._done_with_others(message, send)
+            return self._done_with_others(assigned, send)
         except _BY_ALL as error:
             say(f"{type(error).__name__}: {error}")
-            if isinstance(error, NotMet) and (message["host"] != LOOPBACK or not self._folder.is_dir()):
-                return {"broken": str(error)}  # it is the machines that can't, whatever the trial
+            if isinstance(error, RendezvousFailed) and (assigned.host != LOOPBACK or not self._folder.is_dir()):
+                return Unable(reason=str(error))  # it is the machines that can't, whatever the trial
             cause = Cause.ERROR if isinstance(error, OutOfStep) else Cause.SIGNAL
-            return {"end": cause.value, "peer": True, "detail": str(error)}
+            return AttemptEnded(cause=cause, detail=str(error), peer=True)
 
-    def _done_with_others(self, message: JsonObject, send: Send) -> JsonObject:
-        with met(self._invitation(message)) as party:
+    def _done_with_others(self, assigned: RunTrial, send: Send) -> Message:
+        with met(self._invitation(assigned)) as party:
             self._party = party
             try:
-                answer = super()._done(message, send)
+                answer = super()._done(assigned, send)
             except Interrupted as interrupted:
-                if interrupted.answer.get("end") != Cause.PREEMPTED.value:
+                if not _is_preempted(interrupted.answer):
                     raise
                 answer = interrupted.answer  # all leave together
         # Only now is it certain that no rank has failed.
-        return answer if party.rank == 0 or "end" in answer else {"done": True}
+        return answer if party.rank == 0 or isinstance(answer, AttemptEnded) else RankDone()
 
-    def _invitation(self, message: JsonObject) -> Invitation:
-        rank = int(str(message["rank"]))
-        launch, host = self._spec.launch, str(message["host"])
-        return Invitation(
+    def _invitation(self, assigned: RunTrial) -> RendezvousRequest:
+        launch, host = self._spec.launch, assigned.host
+        return RendezvousRequest(
             folder=self._folder,
-            whose=f"trial {message['index']}, attempt {message['attempt']}, of {self._paths.id}"
-            f", by {str(message['writer'])[:8]}",
-            rank=rank,
+            whose=f"trial {assigned.index}, attempt {assigned.attempt}, of {self._paths.id}, by {assigned.writer[:8]}",
+            rank=assigned.rank,
             world_size=launch.num_ranks,
             host=host,
-            device=_device(int(str(message["local_rank"])), int(str(message["local_size"])), launch.gpus),
+            device=_device(assigned.local_rank, assigned.local_size, launch.gpus),
             join_s=max(_JOIN_S if host == LOOPBACK else _FAR_JOIN_S, launch.import_timeout_s),
             answer_s=launch.answer_s,
         )
 
-    def _new_keeper(self, message: JsonObject, send: Send) -> Keeper:
-        return Concord(
-            self._checkpoints(message), self._spec.checkpoint, self._party, hears=self._hears, tells=send, say=say
+    def _new_keeper(self, assigned: RunTrial, send: Send) -> CheckpointManager:
+        return RankCheckpointManager(
+            self._checkpoints(assigned), self._spec.checkpoint, self._party, hears=self._hears, tells=send, say=say
         )
 
     def _is_asked_to_stop(self) -> bool:
         """Whether all ranks know of a notice: what a job does about it, all must do."""
-        return isinstance(self._keeper, Concord) and self._keeper.has_notice
+        return isinstance(self._keeper, RankCheckpointManager) and self._keeper.has_notice
+
+
+def _is_preempted(answer: Message) -> bool:
+    return isinstance(answer, AttemptEnded) and answer.cause is Cause.PREEMPTED
 
 
 def server(paths: SweepPaths, spec: SweepSpec, folder: Path) -> Callable[[Channel], None]:

@@ -35,9 +35,10 @@ def _reduce(paths: SweepPaths) -> int:
     if find_spec("torch") is None:
         # What the sweep runs may need none. One rank does it all, and the bytes are the same.
         return reducer.reduce(paths, alone=False) if os.environ.get("SLURM_PROCID", "0") == "0" else 0
-    from orchestrator.distributed.step import Seat, joined
+    from orchestrator.core.slurm_env import StepTask
+    from orchestrator.distributed.step import joined
 
-    seat = Seat.of(os.environ)
+    seat = StepTask.of(os.environ)
     with joined(paths, seat, timeout_s=_TIMEOUT_S) as group:
         code = reducer.reduce(paths, alone=False, company=group)
     return code if seat.rank == 0 else 0

@@ -21,30 +21,30 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.config.program import Job, load_job, preload
+from orchestrator.config.program import LoadedJob, load_job, preload
 from orchestrator.config.signatures import split
 from orchestrator.config.snapshot import Lineage
 from orchestrator.config.spec import SweepSpec
 from orchestrator.core import atomic
 from orchestrator.core.atomic import JsonObject
 from orchestrator.core.channel import Channel, Send, say, serve
+from orchestrator.core.messages import AttemptEnded, Cause, Message, Outcome, Reported, RunTrial, Unable
 from orchestrator.core.paths import SweepPaths
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.errors import OrcError
 from orchestrator.results.objective import Diverged, NoResult
-from orchestrator.results.records import Cause
 from orchestrator.training.checkpoint.files import Checkpoints, Identity
-from orchestrator.training.checkpoint.manager import Interrupted, Keeper
+from orchestrator.training.checkpoint.manager import CheckpointManager, Interrupted
 from orchestrator.training.torch_state import Settings
 from orchestrator.training.trial import Result, Trial, stream
 
-__all__ = ["NoDevices", "Worker", "check_devices", "described", "loaded", "reset", "server"]
+__all__ = ["NoDevices", "TrialWorker", "check_devices", "described", "loaded", "reported", "reset", "server"]
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Worker:
+class TrialWorker:
     """Trains the trials that come over a channel.
 
     Args:
@@ -54,15 +54,15 @@ class Worker:
         channel: to the supervisor.
     """
 
-    def __init__(self, paths: SweepPaths, spec: SweepSpec, job: Job, channel: Channel) -> None:
+    def __init__(self, paths: SweepPaths, spec: SweepSpec, job: LoadedJob, channel: Channel) -> None:
         self._paths = paths
         self._spec = spec
         self._job = job
         self._channel = channel
         self._noticed = False
         self._words: list[str] = []
-        self._keeper: Keeper | None = None
-        self._party = Party.alone()
+        self._keeper: CheckpointManager | None = None
+        self._party = RankContext.alone()
         self._has_saved = False
         self._cwd = Path.cwd()
         self._environment = dict(os.environ)
@@ -95,70 +95,67 @@ class Worker:
         """Train until the supervisor closes the channel."""
         serve(self._channel, self._attempt, self._told)
 
-    def _attempt(self, message: JsonObject, send: Send) -> JsonObject:
+    def _attempt(self, assigned: RunTrial, send: Send) -> Message:
         """Train one trial; returns the message that ends it."""
         try:
-            return self._done(message, send)
+            return self._done(assigned, send)
         except Interrupted as interrupted:
             return interrupted.answer
         except (MemoryError, torch.OutOfMemoryError) as error:
             say(traceback.format_exc())
             return _ended(Cause.MEMORY, error)
         except NoDevices as error:
-            return {"broken": str(error)}  # as a full disk
+            return Unable(reason=str(error))  # as a full disk
         except NoResult as error:
-            return {"end": Cause.ERROR.value, "detail": str(error)}
+            return AttemptEnded(cause=Cause.ERROR, detail=str(error))
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             say(traceback.format_exc())
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
-                return {"broken": str(error)}  # not the trial's fault, and the next one would fare no better
+                return Unable(reason=str(error))  # not the trial's fault, and the next one would fare no better
             return _ended(Cause.ERROR, error)
 
-    def _done(self, message: JsonObject, send: Send) -> JsonObject:
+    def _done(self, assigned: RunTrial, send: Send) -> Message:
         check_devices(self._spec.launch.gpus)
-        return self._kept(int(str(message["index"])), self._train(message, send))
+        return self._kept(assigned.index, self._train(assigned, send))
 
-    def _train(self, message: JsonObject, send: Send) -> Result:
-        seed = int(str(message["seed"]))
-        bar = message["bar"]
+    def _train(self, assigned: RunTrial, send: Send) -> Result:
         self._listen()
         self._noticed = bool(self._words)
-        reset(seed, self._spec.launch.cpus, self._cwd, self._environment, self._settings)
-        keeper = self._keeper = self._new_keeper(message, send)
+        reset(assigned.seed, self._spec.launch.cpus, self._cwd, self._environment, self._settings)
+        keeper = self._keeper = self._new_keeper(assigned, send)
         try:
-            trial, for_train = self._trial(message, send, keeper)
+            trial, for_train = self._trial(assigned, send, keeper)
             with contextlib.suppress(Diverged), warnings.catch_warnings():
                 self._run(trial, for_train)
-            return trial.result(bar if isinstance(bar, float) else None)
+            return trial.result(assigned.bar)
         finally:
             self._keeper, self._has_saved = None, keeper.has_saved
             keeper.close()
 
-    def _new_keeper(self, message: JsonObject, send: Send) -> Keeper:
-        return Keeper(self._checkpoints(message), self._spec.checkpoint, hears=self._hears, tells=send, say=say)
+    def _new_keeper(self, assigned: RunTrial, send: Send) -> CheckpointManager:
+        return CheckpointManager(
+            self._checkpoints(assigned), self._spec.checkpoint, hears=self._hears, tells=send, say=say
+        )
 
-    def _checkpoints(self, message: JsonObject) -> Checkpoints:
-        index = int(str(message["index"]))
-        whose = Identity(sweep=self._paths.id, trial=index, world_size=self._party.world_size)
-        return Checkpoints(self._paths.checkpoint(index), whose, str(message["writer"]), say=say)
+    def _checkpoints(self, assigned: RunTrial) -> Checkpoints:
+        whose = Identity(sweep=self._paths.id, trial=assigned.index, world_size=self._party.world_size)
+        return Checkpoints(self._paths.checkpoint(assigned.index), whose, assigned.writer, say=say)
 
-    def _trial(self, message: JsonObject, send: Send, keeper: Keeper) -> tuple[Trial, JsonObject]:
-        """The trial of a message, as far as it was done before, and the parameters that `train` takes."""
-        params, attempt = message["params"], int(str(message["attempt"]))
-        assert isinstance(params, dict)
-        for_build, for_train = split(params, self._job.build, self._job.train)
+    def _trial(self, assigned: RunTrial, send: Send, keeper: CheckpointManager) -> tuple[Trial, JsonObject]:
+        """Return the assigned trial, as far as it was done before, and the parameters that `train` takes."""
+        for_build, for_train = split(assigned.params, self._job.build, self._job.train)
         trial = Trial(
-            index=int(str(message["index"])),
-            params=params,
-            seed=int(str(message["seed"])),
+            index=assigned.index,
+            params=assigned.params,
+            seed=assigned.seed,
             metric=self._spec.metric,
-            emit=lambda report: send({"report": report}),
+            emit=lambda report: send(reported(report)),
             build_params=for_build,
-            attempt=attempt,
+            attempt=assigned.attempt,
             asked_to_stop=self._is_asked_to_stop,
             party=self._party,
             keeper=keeper,
-            found=keeper.newest() if attempt else None,
+            found=keeper.newest() if assigned.attempt else None,
         )
         return trial, for_train
 
@@ -172,14 +169,22 @@ class Worker:
                 {self._spec.metric.name: returned if isinstance(returned, torch.Tensor) else float(returned)}
             )
 
-    def _kept(self, index: int, result: Result) -> JsonObject:
+    def _kept(self, index: int, result: Result) -> Message:
         """Write the model before the outcome that names it."""
         if result.model is not None:
             try:
                 atomic.write(self._paths.model(index, str(result.payload["model"])), result.model)
             except OrcError as error:
-                return {"broken": str(error)}  # a full disk is not the trial's fault
-        return {"outcome": result.status.value, "payload": result.payload, "saved": self._has_saved}
+                return Unable(reason=str(error))  # a full disk is not the trial's fault
+        return Outcome(status=result.status, payload=result.payload, saved=self._has_saved)
+
+
+def reported(report: JsonObject, trial: int | None = None) -> Reported:
+    """Return the message of a report, {"step": n, "metrics": {...}}, of `trial` if that is one of a pack."""
+    match report:
+        case {"step": int(step), "metrics": dict(metrics)}:
+            return Reported(step=step, metrics=metrics, trial=trial)
+    raise ValueError(f"not a report: {report!r}")
 
 
 @contextlib.contextmanager
@@ -208,8 +213,8 @@ def _end_process(code: int) -> None:
     os._exit(code & 0xFF)
 
 
-def _ended(cause: Cause, error: BaseException) -> JsonObject:
-    return {"end": cause.value, "detail": described(error)}
+def _ended(cause: Cause, error: BaseException) -> AttemptEnded:
+    return AttemptEnded(cause=cause, detail=described(error))
 
 
 def described(error: BaseException) -> str:
@@ -250,7 +255,7 @@ def check_devices(num: int) -> None:
         raise NoDevices(f"launch.gpus asks for {num} on each rank, and this one sees {found}")
 
 
-def loaded(paths: SweepPaths, spec: SweepSpec) -> Job:
+def loaded(paths: SweepPaths, spec: SweepSpec) -> LoadedJob:
     """The job, with all that its trials need imported."""
     assert spec.program is not None
     job = load_job(paths.code, spec.program, Lineage.of(paths))
@@ -261,4 +266,4 @@ def loaded(paths: SweepPaths, spec: SweepSpec) -> Job:
 def server(paths: SweepPaths, spec: SweepSpec) -> Callable[[Channel], None]:
     """Import the job; returns what serves its trials in a worker process."""
     job = loaded(paths, spec)
-    return lambda channel: Worker(paths, spec, job, channel).serve()
+    return lambda channel: TrialWorker(paths, spec, job, channel).serve()

@@ -150,7 +150,7 @@ def gone(orc: Orc) -> Orc:
     orc.write(launch={"lease_s": 1}, command=["sh", "-c", HALF])
     taken = prepare.read(orc.folder / "sweep.yaml", [], runs=orc.runs)
     paths = taken.store(orc.runs)
-    part = ledger.Part(what="local", num_workers=1)
+    part = ledger.SubmissionPart(what="local", num_workers=1)
     submission = ledger.Submission(token="0" * 32, epoch=0, on="local", host="gone", parts=(part,))
     process = Process(pid=1, start_time=1, boot_id="b", host="gone")
     ledger.append(paths, ledger.intent(submission, "local"))

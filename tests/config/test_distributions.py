@@ -10,16 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.distributions import (
-    DISTRIBUTIONS,
-    Grid,
-    faults,
-    infer,
-    leaves,
-    random_points,
-    same,
-    trial_seed,
-)
+from orchestrator.config.distributions import DISTRIBUTIONS, faults, infer, leaves, random_points, same, trial_seed
+from orchestrator.config.grid import Grid
 from orchestrator.core.atomic import Json, JsonObject
 
 Cdf = Callable[[float], float]
@@ -228,3 +220,8 @@ def test_faults_say_where_and_what(config: JsonObject, path: tuple[str | int, ..
 @pytest.mark.parametrize(("a", "b", "expected"), [(1, 1.0, True), (1, True, False), ("1", 1, False), ([1], [1], True)])
 def test_same(a: Json, b: Json, expected: bool) -> None:
     assert same(a, b) is expected
+
+
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_a_beta_distribution_of_a_shape_beyond_floats_is_refused_and_not_tried_for_ever(key: str) -> None:
+    assert faults({"distribution": "beta", "a": 2.0, "b": 2.0, key: 1.7976931348623155e308})

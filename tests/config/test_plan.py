@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config.plan import PlanFile, SweepPlan, Trial, blocks, packs, write_plan
+from orchestrator.config.plan import PlanFile, PlannedTrial, SweepPlan, blocks, packs, write_plan
 from orchestrator.config.spec import Launch, Metric, Reduce, Retries, SweepSpec
 from orchestrator.core.atomic import JsonObject
 from orchestrator.errors import FolderError, OrcError
@@ -198,7 +198,7 @@ def test_blocks_hold_at_least_a_pack_unless_their_size_is_given() -> None:
 
 @given(st.lists(st.sampled_from([1, 2, 3]), max_size=40), st.integers(1, 9))
 def test_packs_hold_each_trial_once_equal_ones_together_in_their_order(values: list[int], most: int) -> None:
-    trials = [Trial(index=n, trial="", params={"epochs": v, "lr": n}, seed=n) for n, v in enumerate(values, 5)]
+    trials = [PlannedTrial(index=n, trial="", params={"epochs": v, "lr": n}, seed=n) for n, v in enumerate(values, 5)]
     found = packs(trials, ["epochs", "absent"], most)
     assert sorted(index for pack in found for index in pack) == [trial.index for trial in trials]
     assert [pack[0] for pack in found] == sorted(pack[0] for pack in found)
@@ -242,5 +242,5 @@ def test_reading_a_plan_back_imports_nothing_heavy() -> None:
 
 
 def test_a_trial_is_a_plain_value() -> None:
-    trial = Trial(index=1, trial="1-00000000", params={"a": 1}, seed=2)
-    assert Trial(**trial.to_json()) == trial
+    trial = PlannedTrial(index=1, trial="1-00000000", params={"a": 1}, seed=2)
+    assert PlannedTrial(**trial.to_json()) == trial

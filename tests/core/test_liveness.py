@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from sweeps import Clock, until
 
-from orchestrator.core.liveness import Member, Vital, Watch
+from orchestrator.core.liveness import ProcessState, RankProcess, StallDetector
 
 
 @pytest.fixture
@@ -23,69 +23,69 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_process_runs_then_is_stopped_then_is_gone(sleeper: subprocess.Popen[bytes]) -> None:
-    member = Member.of(2, sleeper.pid)
-    assert member.vital() is Vital.RUNS
+    member = RankProcess.of(2, sleeper.pid)
+    assert member.state() is ProcessState.RUNS
     sleeper.send_signal(signal.SIGSTOP)
-    until(lambda: member.vital() is Vital.STOPPED)
+    until(lambda: member.state() is ProcessState.STOPPED)
     sleeper.send_signal(signal.SIGCONT)
-    until(lambda: member.vital() is Vital.RUNS)
+    until(lambda: member.state() is ProcessState.RUNS)
     sleeper.kill()
-    until(lambda: member.vital() is Vital.GONE)  # nobody has waited for it yet
+    until(lambda: member.state() is ProcessState.GONE)  # nobody has waited for it yet
     sleeper.wait()
-    assert member.vital() is Vital.GONE
+    assert member.state() is ProcessState.GONE
 
 
 def test_a_process_that_has_the_number_of_one_that_ended_is_not_taken_for_it() -> None:
-    me = Member.here(0)
-    assert me.vital() is Vital.RUNS
-    assert replace(me, start=me.start - 1).vital() is Vital.GONE
+    me = RankProcess.here(0)
+    assert me.state() is ProcessState.RUNS
+    assert replace(me, start=me.start - 1).state() is ProcessState.GONE
 
 
 def test_nothing_is_said_of_a_process_elsewhere() -> None:
-    far = replace(Member.here(1), space="another boot/pid:[1]", host="n2")
-    assert far.vital() is None
-    assert Watch([far], silent_s=0.0, clock=Clock()).look() == {}
+    far = replace(RankProcess.here(1), space="another boot/pid:[1]", host="n2")
+    assert far.state() is None
+    assert StallDetector([far], silent_s=0.0, clock=Clock()).check() == {}
 
 
 def test_a_member_is_what_was_written_down() -> None:
-    me = Member.here(3)
-    assert Member.read(me.as_json()) == me
+    me = RankProcess.here(3)
+    assert RankProcess.from_json(me.to_json()) == me
     with pytest.raises(ValueError, match="not a process"):
-        Member.read({"rank": "3"})
+        RankProcess.from_json({"rank": "3"})
 
 
 def test_one_that_is_stopped_is_waited_for_a_while(sleeper: subprocess.Popen[bytes]) -> None:
     clock = Clock()
-    member = Member.of(2, sleeper.pid)
-    watch = Watch([Member.here(0), member], silent_s=30.0, clock=clock)
+    member = RankProcess.of(2, sleeper.pid)
+    watch = StallDetector([RankProcess.here(0), member], silent_s=30.0, clock=clock)
     sleeper.send_signal(signal.SIGSTOP)
-    until(lambda: member.vital() is Vital.STOPPED)
-    assert watch.look() == {}
+    until(lambda: member.state() is ProcessState.STOPPED)
+    assert watch.check() == {}
     clock.now = 29.0
-    assert watch.look() == {}
+    assert watch.check() == {}
     clock.now = 31.0
-    assert watch.look() == {2: f"rank 2 (pid {sleeper.pid} on {os.uname().nodename}) has been stopped for 31 s"}
+    assert watch.check() == {2: f"rank 2 (pid {sleeper.pid} on {os.uname().nodename}) has been stopped for 31 s"}
 
 
 def test_one_that_goes_on_is_forgiven(sleeper: subprocess.Popen[bytes]) -> None:
     clock = Clock()
-    member = Member.of(2, sleeper.pid)
-    watch = Watch([member], silent_s=30.0, clock=clock)
+    member = RankProcess.of(2, sleeper.pid)
+    watch = StallDetector([member], silent_s=30.0, clock=clock)
     for clock.now in (0.0, 20.0):
         sleeper.send_signal(signal.SIGSTOP)
-        until(lambda: member.vital() is Vital.STOPPED)
-        assert watch.look() == {}
+        until(lambda: member.state() is ProcessState.STOPPED)
+        assert watch.check() == {}
         sleeper.send_signal(signal.SIGCONT)
-        until(lambda: member.vital() is Vital.RUNS)
-        assert watch.look() == {}
+        until(lambda: member.state() is ProcessState.RUNS)
+        assert watch.check() == {}
     clock.now = 40.0
     sleeper.send_signal(signal.SIGSTOP)
-    until(lambda: member.vital() is Vital.STOPPED)
-    assert watch.look() == {}
+    until(lambda: member.state() is ProcessState.STOPPED)
+    assert watch.check() == {}
 
 
 def test_one_that_ended_is_named_at_once(sleeper: subprocess.Popen[bytes]) -> None:
-    watch = Watch([Member.of(1, sleeper.pid)], silent_s=30.0, clock=Clock())
+    watch = StallDetector([RankProcess.of(1, sleeper.pid)], silent_s=30.0, clock=Clock())
     sleeper.kill()
-    until(watch.look)
-    assert watch.look()[1].endswith("has ended")
+    until(watch.check)
+    assert watch.check()[1].endswith("has ended")

@@ -152,3 +152,9 @@ def test_cores_are_what_affinity_and_control_groups_leave(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert cores(tmp_path, tmp_path / "self") == expected
+
+
+def test_what_was_spawned_leaves_no_zombie(tmp_path: Path) -> None:
+    process = spawn(["true"], output=tmp_path / "log", env=os.environ)
+    assert eventually(lambda: not process.alive())
+    assert not Path(f"/proc/{process.pid}").exists()

@@ -10,8 +10,8 @@ from crew import together
 from sweeps import Clock
 
 from orchestrator.distributed.consensus import Agreement, Wish
-from orchestrator.distributed.control_group import Group
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.control_group import ControlGroup
+from orchestrator.distributed.rendezvous import RankContext
 
 STEPS = 12
 
@@ -22,7 +22,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def noticed(party: Party, at: list[int | None], every_s: float = 0.0) -> int | None:
+def noticed(party: RankContext, at: list[int | None], every_s: float = 0.0) -> int | None:
     """The step at which this rank would leave, when it has a notice at step `at[rank]`, and at no other."""
     agreement = Agreement(party, every_s=every_s)
     for step in range(STEPS):
@@ -48,7 +48,7 @@ def test_fault_01_ranks_leave_together_a_step_after_the_first_has_heard(
     assert together(place, len(at), noticed, at) == [leaves] * len(at)
 
 
-def saves(party: Party, due: list[int]) -> list[int]:
+def saves(party: RankContext, due: list[int]) -> list[int]:
     """Where this rank saves, when rank 0's clock says so at the steps `due`."""
     agreement = Agreement(party, every_s=0.0)
     return [step for step in range(STEPS) if agreement.ask(Wish(save=party.rank == 0 and step in due), step).save]
@@ -76,7 +76,7 @@ class Pacing:
 @pytest.mark.parametrize(("step_s", "expected"), [(0.001, 8), (0.02, 34), (0.1, 101), (3.0, 101)])
 def test_short_steps_ask_seldom_and_long_ones_each_time(step_s: float, expected: int) -> None:
     clock, group = Clock(), Pacing()
-    party = Party(group=Group(rank=0, world_size=2, process_group=cast(Any, group)))
+    party = RankContext(group=ControlGroup(rank=0, world_size=2, process_group=cast(Any, group)))
     agreement = Agreement(party, every_s=0.05, clock=clock)
     for step in range(101):
         clock.now += step_s
@@ -87,7 +87,9 @@ def test_short_steps_ask_seldom_and_long_ones_each_time(step_s: float, expected:
 @pytest.mark.parametrize(("num_short", "most"), [(1, 2), (10, 10), (5000, 20)])
 def test_where_steps_become_long_a_notice_waits_for_few_of_them(num_short: int, most: int) -> None:
     clock, group = Clock(), Pacing()
-    agreement = Agreement(Party(group=Group(rank=0, world_size=2, process_group=cast(Any, group))), clock=clock)
+    agreement = Agreement(
+        RankContext(group=ControlGroup(rank=0, world_size=2, process_group=cast(Any, group))), clock=clock
+    )
     for step in range(num_short):
         clock.now += 1e-5
         agreement.ask(Wish(), step)
@@ -102,7 +104,7 @@ def test_a_save_that_one_rank_is_due_is_everyones_and_is_made_once(place: Path) 
     assert together(place, 3, saves, [2, 3, 9]) == [[3, 10]] * 3
 
 
-def stray(party: Party) -> Any:
+def stray(party: RankContext) -> Any:
     agreement = Agreement(party, every_s=0.0)
     for step in range(STEPS):
         agreement.ask(Wish(), step + (party.rank == 1 and step > 5))
@@ -115,7 +117,7 @@ def test_ranks_that_have_left_each_other_s_step_hear_of_it(place: Path) -> None:
 
 
 def test_one_alone_decides_at_once() -> None:
-    agreement = Agreement(Party.alone())
+    agreement = Agreement(RankContext.alone())
     wish = Wish(notice=True)
     assert agreement.ask(wish, 0) is wish
     assert agreement.last(1) == Wish()

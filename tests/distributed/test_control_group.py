@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_processes import image, run
 
-from orchestrator.distributed.control_group import Group
+from orchestrator.distributed.control_group import ControlGroup
 from orchestrator.stats.containers import SummaryMap, TopN
 from orchestrator.stats.summary import Summary
 from orchestrator.training.data import dataset
@@ -84,8 +84,8 @@ def test_ranks_that_make_different_calls_are_told(world_size: int, missing: int)
 
 
 def test_one_process_is_a_group() -> None:
-    group = Group.of()
-    assert (group, group.rank, group.world_size) == (Group.alone(), 0, 1)
+    group = ControlGroup.of()
+    assert (group, group.rank, group.world_size) == (ControlGroup.alone(), 0, 1)
     assert group.reduce(ONE) is ONE
     group.agree("nothing", None)
     group.barrier()

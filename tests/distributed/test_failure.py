@@ -15,12 +15,12 @@ import torch.distributed as dist
 from crew import LIMIT_S, Rank, call, crew
 from torch import nn
 
-from orchestrator.core.liveness import Member, Vital
+from orchestrator.core.liveness import ProcessState, RankProcess
 from orchestrator.distributed.consensus import Agreement, Wish
 from orchestrator.distributed.control_group import PeerLost
 from orchestrator.distributed.failure import Case, is_of_others
-from orchestrator.distributed.rendezvous import Party
-from orchestrator.training.data_parallel import Portion, Replica
+from orchestrator.distributed.rendezvous import RankContext
+from orchestrator.training.data_parallel import MicroBatch, Replica
 
 SECONDS = 15.0
 """Within this a step of ranks ends that has lost one; it takes less than one on a machine with nothing else to do."""
@@ -33,12 +33,12 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def endless(party: Party, say: Callable[[int], None]) -> None:
+def endless(party: RankContext, say: Callable[[int], None]) -> None:
     """Trains until something stops it; says when it has begun."""
     net = nn.Linear(4, 1)
     replica, agreement = Replica(net, party), Agreement(party)
     for step in range(1_000_000):
-        replica.gradients(lambda net, x: net(x).sum(1), [Portion(torch.ones(2, 4), 2)], 2 * party.world_size)
+        replica.gradients(lambda net, x: net(x).sum(1), [MicroBatch(torch.ones(2, 4), 2)], 2 * party.world_size)
         agreement.ask(Wish(), step)
         if step == 3:
             say(step)
@@ -78,7 +78,7 @@ def test_fault_09_a_rank_that_is_stopped_is_named_when_the_time_is_over(place: P
             assert text.startswith(f"{PeerLost.__name__}: {name} is stopped (rank ")
 
 
-def hangs(party: Party, say: Callable[[int], None]) -> None:
+def hangs(party: RankContext, say: Callable[[int], None]) -> None:
     agreement = Agreement(party)
     for step in range(10):
         agreement.ask(Wish(), step)
@@ -95,7 +95,7 @@ def test_fault_09_a_rank_that_never_comes_is_named_with_its_last_sign(place: Pat
             assert f"{name} has not come to where the others wait; its last sign was step 0, at " in text
 
 
-def fails(party: Party, step: int) -> float:
+def fails(party: RankContext, step: int) -> float:
     for _ in range(step):
         dist.all_reduce(torch.ones(1))
     if party.rank == 1:
@@ -113,7 +113,7 @@ def test_a_rank_that_fails_by_its_own_doing_is_named_with_its_cause(place: Path)
         assert " failed: ZeroDivisionError: division by zero (rank " in text
 
 
-def leaves_early(party: Party) -> str:
+def leaves_early(party: RankContext) -> str:
     if party.rank == 2:
         os._exit(7)
     return "done"
@@ -147,9 +147,9 @@ def test_members_are_all_on_the_roll(place: Path) -> None:
         assert [rank.end() for rank in ranks] == [pids, pids]
 
 
-def listed(party: Party) -> list[int]:
+def listed(party: RankContext) -> list[int]:
     assert party.roll is not None
-    assert party.roll.members[party.rank] == Member.here(party.rank)
+    assert party.roll.members[party.rank] == RankProcess.here(party.rank)
     return [member.pid for member in party.roll.members]
 
 
@@ -157,10 +157,10 @@ assert LIMIT_S > SECONDS
 
 
 def test_who_says_that_it_waited_and_leaves_at_once_is_not_blamed() -> None:
-    gone = [Member(rank=rank, pid=0, start=0, host="n1", space=Member.here(0).space) for rank in (1, 2)]
+    gone = [RankProcess(rank=rank, pid=0, start=0, host="n1", space=RankProcess.here(0).space) for rank in (1, 2)]
     case = Case({member.rank: member for member in gone})
     ended = case.see()
-    assert ended == {1: Vital.GONE, 2: Vital.GONE}
+    assert ended == {1: ProcessState.GONE, 2: ProcessState.GONE}
     case.hear(gone[0], "")  # said between the two
     case.close(ended)
     assert case.charges == {2: "rank 2 (pid 0 on n1) has ended"}

@@ -16,7 +16,7 @@ from crew import LIMIT_S, call, crew, together
 from sweeps import names, until
 
 from orchestrator.core import atomic
-from orchestrator.distributed.rendezvous import LOOPBACK, Foreign, Invitation, NotMet, Party, met
+from orchestrator.distributed.rendezvous import LOOPBACK, Foreign, RankContext, RendezvousFailed, RendezvousRequest, met
 
 WAIT_S = 2.0
 """How long ranks wait for those that never come; enough to start all that do."""
@@ -30,7 +30,7 @@ def place(tmp_path: Path) -> Path:
     return folder
 
 
-def total(party: Party) -> tuple[int, int]:
+def total(party: RankContext) -> tuple[int, int]:
     """The sum of all ranks, by both groups."""
     found = []
     for group in (party.main, party.group.process_group):
@@ -52,7 +52,7 @@ def test_one_alone_needs_nobody(tmp_path: Path) -> None:
         assert (party.rank, party.world_size, party.main, party.roll) == (0, 1, None, None)
 
 
-def listening(party: Party) -> list[str]:
+def listening(party: RankContext) -> list[str]:
     """The addresses, as the kernel writes them, at which this process listens."""
     own = {str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_socket()}
     rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
@@ -64,7 +64,7 @@ def test_on_one_machine_nothing_listens_to_the_network(place: Path) -> None:
     assert {address for rank in found for address in rank} == {"0100007F"}
 
 
-def environment(party: Party) -> str | None:
+def environment(party: RankContext) -> str | None:
     return os.environ.get("GLOO_SOCKET_IFNAME")
 
 
@@ -85,7 +85,7 @@ def test_what_something_else_left_there_misleads_nobody(place: Path, left: bytes
 def test_who_does_not_come_is_named(place: Path) -> None:
     with crew([call(place, rank, 4, join_s=WAIT_S) for rank in (0, 2)], total) as ranks:
         for rank, found in zip((0, 2), [one.end() for one in ranks], strict=True):
-            assert found.startswith(f"NotMet: rank {rank} (pid ")
+            assert found.startswith(f"RendezvousFailed: rank {rank} (pid ")
             assert found.endswith("of 4 ranks, not all came within 2 s; missing: 1, 3")
     assert names(place) == []
 
@@ -111,7 +111,7 @@ def test_a_rank_that_was_started_twice_is_refused_once(place: Path) -> None:
 @pytest.mark.parametrize("mode", [0o770, 0o701, 0o777])
 def test_ranks_meet_where_nobody_else_can_enter(place: Path, mode: int) -> None:
     place.chmod(mode)
-    with pytest.raises(NotMet, match=rf"{place}: .* mode {mode:04o}"), met(call(place, 0, 2)):
+    with pytest.raises(RendezvousFailed, match=rf"{place}: .* mode {mode:04o}"), met(call(place, 0, 2)):
         pass
 
 
@@ -119,7 +119,7 @@ def test_a_folder_that_is_not_there_or_is_a_link_is_refused(place: Path) -> None
     link = place / "link"
     link.symlink_to(place)
     for folder in (place / "none", link):
-        with pytest.raises(NotMet, match=f"^{folder}: "), met(call(folder, 0, 2)):
+        with pytest.raises(RendezvousFailed, match=f"^{folder}: "), met(call(folder, 0, 2)):
             pass
 
 
@@ -127,7 +127,7 @@ def test_a_file_that_others_may_write_is_not_believed(place: Path) -> None:
     mine = call(place, 1, 2, join_s=1.0)
     mine.file.write_bytes(b"{}\n")
     mine.file.chmod(0o620)
-    with pytest.raises(NotMet, match="is not a file of this user alone"), met(mine):
+    with pytest.raises(RendezvousFailed, match="is not a file of this user alone"), met(mine):
         pass
 
 
@@ -143,13 +143,13 @@ def test_the_file_is_its_owners_alone_while_it_is_there(place: Path) -> None:
 # Fault 26
 
 
-def forged(to: Invitation, theirs: dict[str, Any], **changed: Any) -> None:
+def forged(to: RendezvousRequest, theirs: dict[str, Any], **changed: Any) -> None:
     """Have the ranks of `to` find what another job wrote, with changes."""
     to.file.write_bytes(atomic.checked({**theirs, "whose": to.whose, **changed}))
     to.file.chmod(0o600)
 
 
-def published(by: Invitation) -> dict[str, Any]:
+def published(by: RendezvousRequest) -> dict[str, Any]:
     until(by.file.exists)
     found = atomic.unchecked(by.file.read_bytes().removesuffix(b"\n"))
     assert found is not None
@@ -192,7 +192,7 @@ def intrude(port: int) -> str:
     return "met"
 
 
-def intruder(party: Party, port: int) -> str:
+def intruder(party: RankContext, port: int) -> str:
     return intrude(port)
 
 
@@ -221,5 +221,5 @@ def test_a_port_where_nobody_answers_ends_in_time(place: Path) -> None:
         forged(mine, {"host": LOOPBACK, "port": silent.getsockname()[1], "nonce": "0" * 32})
         began = time.monotonic()
         with crew([mine], total) as ranks:
-            assert ranks[0].end().startswith("NotMet: rank 1 of 2: trial 3")
+            assert ranks[0].end().startswith("RendezvousFailed: rank 1 of 2: trial 3")
         assert time.monotonic() - began < LIMIT_S / 2

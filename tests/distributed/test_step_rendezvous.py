@@ -15,8 +15,8 @@ from test_reduction import NUM, by_one, line, written
 from orchestrator.core import atomic
 from orchestrator.core.atomic import JsonObject
 from orchestrator.core.paths import SweepPaths
-from orchestrator.distributed.rendezvous import Invitation
-from orchestrator.distributed.step import Seat
+from orchestrator.core.slurm_env import StepTask
+from orchestrator.distributed.rendezvous import RendezvousRequest
 from orchestrator.results.records import Status
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "1"}
@@ -27,13 +27,14 @@ import json, os, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
+from orchestrator.core.slurm_env import StepTask
 from orchestrator.distributed import rendezvous, step
 from orchestrator.errors import OrcError
 from orchestrator.core.paths import SweepPaths
 rendezvous._CONNECT_S = 1.0
 
 def meet(case, rank, world, timeout_s):
-    seat = step.Seat(rank=rank, world_size=world, num_nodes=1, name="7-0-0")
+    seat = StepTask(rank=rank, world_size=world, num_nodes=1, name="7-0-0")
     if case == "misled" and rank == 1:
         read = rendezvous._read
         rendezvous._read = lambda call: (found := read(call)) and replace(found, nonce="0" * 32)
@@ -71,7 +72,7 @@ PART: dict[str, tuple[int, int, float]] = {"misled": (2, 2, 5), "impostor": (2, 
 
 def leave(paths: SweepPaths, data: JsonObject | bytes) -> None:
     """Have the ranks find this where rank 0 writes where they meet."""
-    call = Invitation(folder=paths.rendezvous("7-0-0"), whose=f"step 7-0-0 of {paths.id}", rank=0, world_size=2)
+    call = RendezvousRequest(folder=paths.rendezvous("7-0-0"), whose=f"step 7-0-0 of {paths.id}", rank=0, world_size=2)
     call.folder.mkdir(mode=0o700)
     call.file.write_bytes(data if isinstance(data, bytes) else atomic.checked({**data, "whose": call.whose}))
     call.file.chmod(0o600)
@@ -111,9 +112,11 @@ def test_ranks_that_are_not_of_one_step_end_with_an_error(case: str, met: dict[s
 
 def test_a_seat_is_read_from_slurm_s_variables() -> None:
     env = STEP | {"SLURM_PROCID": "3", "SLURM_RESTART_COUNT": "2"}
-    assert Seat.of(env) == Seat(rank=3, world_size=4, num_nodes=1, name="7-2-0")
-    assert Seat.of({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) == Seat(rank=0, world_size=1, num_nodes=1, name="alone")
-    assert replace(Seat.of(env), rank=0) == Seat.of({**env, "SLURM_PROCID": "0"})
+    assert StepTask.of(env) == StepTask(rank=3, world_size=4, num_nodes=1, name="7-2-0")
+    assert StepTask.of({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) == StepTask(
+        rank=0, world_size=1, num_nodes=1, name="alone"
+    )
+    assert replace(StepTask.of(env), rank=0) == StepTask.of({**env, "SLURM_PROCID": "0"})
 
 
 # The reducer of several ranks

@@ -27,12 +27,12 @@ from orchestrator.results import fold as folding
 from orchestrator.results import reducer
 from orchestrator.results.claims import Block, Claims
 from orchestrator.results.fold import Fold, cache
-from orchestrator.results.fold.incremental import Leaders
+from orchestrator.results.fold.incremental import IncrementalBest
 from orchestrator.results.fold.table import Table
 from orchestrator.results.records import RecordWriter, Status, look, outcome, start
 from orchestrator.results.reduction_tree import parts
 from orchestrator.results.reduction_tree.tree import Tree
-from orchestrator.slurm import ledger, submit
+from orchestrator.slurm import jobs, ledger, submit, sweep_folder
 from orchestrator.sweep import Sweep
 
 MODEL = b"weights" * 1000
@@ -98,7 +98,7 @@ def test_fault_16_a_kill_in_a_claim_leaves_no_claim_or_one_that_names_its_owner(
 
 
 def two_submissions() -> list[ledger.Submission]:
-    part = ledger.Part(what="local", num_workers=1)
+    part = ledger.SubmissionPart(what="local", num_workers=1)
     return [
         ledger.Submission(token=token, epoch=epoch, on="local", host="here", parts=(part,))
         for epoch, token in enumerate((TOKEN, OTHER))
@@ -203,9 +203,9 @@ def test_fault_16_a_kill_while_the_fold_cache_is_written_leaves_the_old_or_the_n
         assert cache.load(paths, *empty_table(), look(paths)) is not None
 
 
-def empty_table() -> tuple[Table, Leaders]:
+def empty_table() -> tuple[Table, IncrementalBest]:
     table = Table([], 3, range(3))
-    return table, Leaders(table)
+    return table, IncrementalBest(table)
 
 
 def test_fault_16_a_kill_in_a_reducer_s_part_leaves_none_or_one_that_the_records_bear_out(paths: SweepPaths) -> None:
@@ -230,13 +230,13 @@ def test_fault_16_a_kill_in_a_reducer_s_part_leaves_none_or_one_that_the_records
 def test_fault_16_a_kill_in_a_cancel_leaves_the_sweep_running_or_ended_and_never_in_doubt(paths: SweepPaths) -> None:
     for submission in two_submissions():
         ledger.append(paths, ledger.intent(submission, "local"))
-    for kill in kill_everywhere(lambda: submit.cancel(paths)):
+    for kill in kill_everywhere(lambda: jobs.cancel(paths)):
         paths.cancelled.write_text("0\n")  # of the submission before
         kill()
         assert ledger.is_cancelled(paths, TOKEN)
         assert ledger.cancelled_epoch(paths) in (0, 1)
         assert ledger.is_cancelled(paths, OTHER) == (ledger.cancelled_epoch(paths) == 1)
-        submit.cancel(paths)
+        jobs.cancel(paths)
         assert ledger.is_cancelled(paths, OTHER)
 
 
@@ -284,7 +284,7 @@ def test_fault_16_a_kill_while_a_sweep_is_stored_leaves_no_sweep_or_a_whole_one(
     plan, runs = planned(), tmp_path / "runs"
 
     def act() -> SweepPaths:
-        return submit.prepare(plan, CODE, b"name: small\n", runs)
+        return sweep_folder.prepare(plan, CODE, b"name: small\n", runs)
 
     for kill in kill_everywhere(act):
         shutil.rmtree(runs, ignore_errors=True)
@@ -311,12 +311,12 @@ def test_fault_16_a_kill_in_a_submission_is_completed_by_the_same_command_and_st
 
     for kill in kill_everywhere(act):
         shutil.rmtree(runs, ignore_errors=True)
-        paths = submit.prepare(plan, Snapshot(), b"", runs)
+        paths = sweep_folder.prepare(plan, Snapshot(), b"", runs)
         kill()
         receipt = act()
         assert receipt.submission is not None
         assert receipt.submission.is_complete
-        sweeps.until(lambda paths=paths: paths.summary.exists() and not submit.live(paths))
+        sweeps.until(lambda paths=paths: paths.summary.exists() and not jobs.live(paths))
         assert len(sweeps.names(paths.records)) == 1
         check(paths, undisturbed=undisturbed(paths, tmp_path))
 
@@ -368,9 +368,9 @@ def test_fault_18_without_room_the_old_summary_stays_and_a_reader_still_tells_th
 def test_fault_18_without_room_no_sweep_is_stored_and_the_folder_is_named(tmp_path: Path) -> None:
     plan, runs = planned(3, Snapshot()), tmp_path / "runs"
     with no_room_after(100), pytest.raises(OrcError, match=str(runs)):
-        submit.prepare(plan, Snapshot(), b"", runs)
+        sweep_folder.prepare(plan, Snapshot(), b"", runs)
     assert [path for path in runs.glob("*") if path.name != ".gitignore"] == []
-    assert PlanFile.open(submit.prepare(plan, Snapshot(), b"", runs).plan).num_trials == 3
+    assert PlanFile.open(sweep_folder.prepare(plan, Snapshot(), b"", runs).plan).num_trials == 3
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from killpoints import kill_everywhere, run_apart
 from test_resumed_training import Process, usual
 from test_single_worker import answers, build, message
 
+from orchestrator.core.messages import AttemptEnded
 from orchestrator.core.paths import SweepPaths
 from orchestrator.results import reducer, top_models
 from orchestrator.results.records import RecordWriter, Status, outcome
@@ -34,9 +35,9 @@ def one_thread() -> Iterator[None]:
 def left_at(process: Process, attempt: int) -> int:
     """Where an attempt leaves that is told to at its third safe point, and saves there, as any does at a notice."""
     answer = process.run(attempt=attempt, leave_after=2)
-    assert isinstance(answer, dict), answer
-    assert isinstance(answer["step"], int)
-    return answer["step"]
+    assert isinstance(answer, AttemptEnded), answer
+    assert isinstance(answer.step, int)
+    return answer.step
 
 
 @pytest.mark.parametrize("num_before", [0, 1, 2])
@@ -55,7 +56,7 @@ def test_fault_16_a_kill_in_a_checkpoint_leaves_the_old_state_or_the_new_and_the
         kill()
         process.told.clear()
         found = process.run(attempt=num_before + 1)
-        resumed = process.told[0]["resumed"]
+        resumed = process.told[0].step
         assert resumed in (steps[-1], steps[-1] + 3)
         assert kill.happened or resumed == steps[-1] + 3
         assert isinstance(found, Result)
@@ -73,7 +74,7 @@ def test_fault_16_a_kill_in_a_save_beside_the_training_leaves_a_state_that_count
         kill()
         process.told.clear()
         found = process.run(attempt=1)
-        assert (process.told[0]["resumed"] or 7) in range(7, 19)
+        assert (process.told[0].step or 7) in range(7, 19)
         assert isinstance(found, Result)
         assert isinstance(calm, Result)
         assert (found.payload, found.model) == (calm.payload, calm.model)
@@ -98,7 +99,7 @@ def test_fault_16_a_kill_between_a_worker_s_model_and_its_record_leaves_no_recor
         for index in range(2):
             *_, answer = answers(paths, job, message(index, seed=index), build=build)
             records.append(
-                outcome(trial=index, attempt=0, status=Status.COMPLETE, payload=answer["payload"], seconds=0.0)
+                outcome(trial=index, attempt=0, status=Status.COMPLETE, payload=answer.body.payload, seconds=0.0)
             )
         records.close()
 

@@ -16,8 +16,9 @@ from invariants import Memory, check, processes_of
 from sweeps import OTHER, TOKEN, counts, records, started, superseded, until
 
 from orchestrator.cli import logs
-from orchestrator.config.spec import Checkpoint, Retries
+from orchestrator.config.spec import CheckpointOptions, Retries
 from orchestrator.core.paths import SweepPaths
+from orchestrator.results import resumption
 from orchestrator.sweep import Sweep
 
 JOB = """
@@ -89,7 +90,7 @@ def sweep(runs: Path, every: str = "5 steps") -> SweepPaths:
         trials_per_task=2,
         notice_s=5,
     )
-    return sweeps.folder(runs, replace(spec, checkpoint=Checkpoint(every=every)), JOB)
+    return sweeps.folder(runs, replace(spec, checkpoint=CheckpointOptions(every=every)), JOB)
 
 
 def at_step_13(paths: SweepPaths, trial: int = 0) -> None:
@@ -121,7 +122,7 @@ def finished(paths: SweepPaths, calm: SweepPaths, *, says: tuple[str, ...] = (),
 
 
 def resumes(paths: SweepPaths) -> list[tuple[int, int, int, int]]:
-    return [(line["trial"], line["attempt"], line["step"], line["lost"]) for line in records(paths, "resume")]
+    return [(each.trial, each.attempt, each.step, each.lost) for each in resumption.read(paths).resumptions]
 
 
 def log_of(paths: SweepPaths, trial: int = 0) -> str:

@@ -15,7 +15,7 @@ from orchestrator.config.snapshot import Snapshot
 from orchestrator.config.spec import Launch, SweepSpec
 from orchestrator.core.paths import SweepPaths
 from orchestrator.errors import SbatchRejected
-from orchestrator.slurm import commands, ledger, submit
+from orchestrator.slurm import commands, jobs, ledger, submit, sweep_folder
 
 HOSTILE = "a|b c $(touch x) '\""
 SPEC = SweepSpec(
@@ -32,7 +32,7 @@ SPEC = SweepSpec(
 def sweep(tmp_path: Path, **changes: object) -> tuple[SweepPaths, SweepPlan]:
     snapshot = Snapshot()
     plan = SweepPlan(spec=replace(SPEC, **changes), code=snapshot.digest)
-    return submit.prepare(plan, snapshot, b"", tmp_path / "runs of mine, 100%"), plan
+    return sweep_folder.prepare(plan, snapshot, b"", tmp_path / "runs of mine, 100%"), plan
 
 
 def test_a_sweep_becomes_an_array_and_a_reducer_once(slurm: Slurm, tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_a_sweep_becomes_an_array_and_a_reducer_once(slurm: Slurm, tmp_path: Pat
     submission = submit.submit(paths, plan).submission
     assert submit.submit(paths, plan).already
     workers, reducer = (part.job for part in submission.parts)
-    assert [job.job for job in submit.live(paths)] == [f"{workers}_0", f"{workers}_1", f"{workers}_2", reducer]
+    assert [job.job for job in jobs.live(paths)] == [f"{workers}_0", f"{workers}_1", f"{workers}_2", reducer]
     shown = commands.show_job(str(reducer))
     assert shown is not None
     assert shown["Dependency"].startswith(f"afterany:{workers}_*")
@@ -48,8 +48,8 @@ def test_a_sweep_becomes_an_array_and_a_reducer_once(slurm: Slurm, tmp_path: Pat
     assert shown["JobName"] == submission.parts[1].name
     # Shown as sbatch was told, with the per cent sign doubled.
     assert shown["StdOut"] == f"{paths.logs}/reducer-{reducer}.log".replace("%", "%%")
-    submit.cancel(paths)
-    assert submit.live(paths) == []
+    jobs.cancel(paths)
+    assert jobs.live(paths) == []
 
 
 def test_a_submission_without_a_word_of_its_result_is_found_again(slurm: Slurm, tmp_path: Path) -> None:
@@ -59,20 +59,20 @@ def test_a_submission_without_a_word_of_its_result_is_found_again(slurm: Slurm, 
     paths.submissions.write_bytes(b"".join(intents))
     assert not ledger.current(paths).is_complete
     assert submit.submit(paths, plan).submission == before
-    submit.cancel(paths)
+    jobs.cancel(paths)
 
 
 def test_a_cancelled_sweep_is_resumed_with_other_options(slurm: Slurm, tmp_path: Path) -> None:
     paths, plan = sweep(tmp_path)
     first = submit.submit(paths, plan).submission
     assert {job.token for job in submit.resubmit(paths, plan, missing=2).alive} == {first.token}
-    submit.cancel(paths)
+    jobs.cancel(paths)
     second = submit.resubmit(paths, plan, missing=2, settings={"time": 7}).submission
     assert (second.epoch, second.num_workers, second.supersedes) == (1, 1, (first.token,))
     shown = commands.show_job(f"{second.parts[0].job}_0")
     assert shown is not None
     assert shown["TimeLimit"] == "00:07:00"
-    submit.cancel(paths)
+    jobs.cancel(paths)
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,13 @@ def test_a_refusal_shows_sbatchs_own_words(
         submit.submit(paths, plan)
     with pytest.raises(SbatchRejected, match=words):
         submit.check(paths, plan)
-    assert submit.live(paths) == []
+    assert jobs.live(paths) == []
 
 
 def test_a_check_says_when_and_submits_nothing(slurm: Slurm, tmp_path: Path) -> None:
     paths, plan = sweep(tmp_path)
     assert all(re.search(r"to start at \d{4}-", answer) for answer in submit.check(paths, plan))
-    assert submit.live(paths) == []
+    assert jobs.live(paths) == []
 
 
 def test_more_workers_than_an_array_holds_reach_slurm_as_several(slurm: Slurm, tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_more_workers_than_an_array_holds_reach_slurm_as_several(slurm: Slurm, t
     paths, plan = sweep(tmp_path, parameters=values, launch=Launch(trials_per_task=1, form="exec"))
     receipt = submit.submit(paths, plan)
     assert [part.num_workers for part in receipt.submission.parts] == [size, 1, 0]
-    assert len(submit.live(paths)) == size + 2
-    submit.cancel(paths)
+    assert len(jobs.live(paths)) == size + 2
+    jobs.cancel(paths)
 
 
 def test_a_row_keeps_hostile_text_and_a_job_is_followed_through_its_requeue(slurm: Slurm, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_workers_and_reducer_run_in_their_order(slurm: Slurm, tmp_path: Path, mo
     monkeypatch.setattr(sys, "executable", str(interpreter))
     paths, plan = sweep(tmp_path, slurm={"mem": "10M"})
     token = submit.submit(paths, plan).submission.token
-    slurm.wait_for(lambda: submit.live(paths) == [], limit_s=60)
+    slurm.wait_for(lambda: jobs.live(paths) == [], limit_s=60)
     *workers, reducer = seen.read_text().splitlines()
     started = f"-P -m orchestrator.supervisor work --dir {paths.root} --submission {token} --worker"
     assert sorted(workers) == [f"{started} {k}" for k in range(3)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sweeps import Clock
 
 from orchestrator.core.paths import SweepPaths
-from orchestrator.results.claims import Block, Claims, Growth
+from orchestrator.results.claims import Block, Claims, WriterWatch
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_no_block_has_two_owners_when_processes_race(paths: SweepPaths) -> None:
 
 def test_silence_counts_from_the_first_look(paths: SweepPaths) -> None:
     clock = Clock()
-    growth = Growth(paths, 10.0, clock=clock)
+    growth = WriterWatch(paths, 10.0, clock=clock)
     paths.record("w").write_bytes(b"1")
     clock.now = 1000.0
     assert not growth.silent("w")
@@ -99,7 +99,7 @@ def test_silence_counts_from_the_first_look(paths: SweepPaths) -> None:
 
 def test_growth_starts_the_time_anew(paths: SweepPaths) -> None:
     clock = Clock()
-    growth = Growth(paths, 10.0, clock=clock)
+    growth = WriterWatch(paths, 10.0, clock=clock)
     paths.record("w").write_bytes(b"1")
     growth.silent("w")
     paths.record("w").write_bytes(b"12")
@@ -111,7 +111,7 @@ def test_growth_starts_the_time_anew(paths: SweepPaths) -> None:
 
 def test_a_writer_that_was_never_seen_gets_its_lease_too(paths: SweepPaths) -> None:
     clock = Clock()
-    growth = Growth(paths, 10.0, clock=clock)
+    growth = WriterWatch(paths, 10.0, clock=clock)
     assert not growth.silent("nobody")
     clock.now = 10.0
     assert growth.silent("nobody")
@@ -119,7 +119,7 @@ def test_a_writer_that_was_never_seen_gets_its_lease_too(paths: SweepPaths) -> N
 
 def test_a_look_starts_the_time_of_every_writer(paths: SweepPaths) -> None:
     clock = Clock()
-    growth = Growth(paths, 10.0, clock=clock)
+    growth = WriterWatch(paths, 10.0, clock=clock)
     one, other = "a" * 32, "b" * 32
     paths.record(one).touch()
     growth.look()
@@ -130,7 +130,7 @@ def test_a_look_starts_the_time_of_every_writer(paths: SweepPaths) -> None:
 
 def test_a_look_passes_over_what_is_no_record_file(paths: SweepPaths) -> None:
     clock, odd = Clock(), ("notes", "A" * 32, "a" * 31)
-    growth = Growth(paths, 10.0, clock=clock)
+    growth = WriterWatch(paths, 10.0, clock=clock)
     for name in odd:
         paths.record(name).touch()
     paths.record("c" * 32).symlink_to(paths.record("notes"))
@@ -142,7 +142,7 @@ def test_a_look_passes_over_what_is_no_record_file(paths: SweepPaths) -> None:
 
 def test_a_file_time_means_nothing(paths: SweepPaths) -> None:
     clock = Clock()
-    growth = Growth(paths, 10.0, clock=clock)
+    growth = WriterWatch(paths, 10.0, clock=clock)
     paths.record("w").touch()
     os.utime(paths.record("w"), (0, 0))
     assert not growth.silent("w")

@@ -28,7 +28,7 @@ from orchestrator.errors import FolderError, OrcError
 from orchestrator.results import fold as folding
 from orchestrator.results.fold import Fold, cache, incremental, parallel
 from orchestrator.results.fold import table as tables
-from orchestrator.results.fold.columns import COMPLETE, Rows
+from orchestrator.results.fold.columns import COMPLETE, Columns
 from orchestrator.results.fold.segment import Unit
 from orchestrator.results.fold.table import Table
 from orchestrator.results.records import Status
@@ -458,7 +458,7 @@ def test_the_summary_is_cached_once_it_was_long_in_the_making(
     monkeypatch.setattr(incremental, "_FEW", 1)
     with at_once():
         expected = folded(saved, eager=True).summary(2)
-    monkeypatch.setattr(incremental.Leaders, "_summed", lambda *_: pytest.fail("summed again"))
+    monkeypatch.setattr(incremental.IncrementalBest, "_summed", lambda *_: pytest.fail("summed again"))
     assert folded(saved).summary(2) == expected
 
 
@@ -481,7 +481,7 @@ def test_shares_cover_every_line_once(paths: SweepPaths, num_shares: int) -> Non
 
 
 def test_rows_of_two_tables_join_in_any_mixture() -> None:
-    whole, mine, its = (Rows(20_000, range(20_000)) for _ in range(3))
+    whole, mine, its = (Columns(20_000, range(20_000)) for _ in range(3))
     for row in range(20_000):
         some = mine if row < 6000 or (row < 12_000 and row % 3) else its
         for one in (whole, some):

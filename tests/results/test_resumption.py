@@ -34,19 +34,29 @@ def saved(trial: int, step: int | None, cause: Cause = Cause.PREEMPTED, attempt:
     ],
     ids=lambda line: str(line["kind"]),
 )
-def test_a_trial_has_reached_the_highest_step_that_any_line_names(paths: SweepPaths, line: dict[str, object]) -> None:
-    assert resumption.reached(paths, 3) == 0
+def test_what_was_lost_is_counted_from_the_highest_step_that_any_line_names(
+    paths: SweepPaths, line: dict[str, object]
+) -> None:
     put(paths, ONE, at(trial=3, attempt=0, step=5, saved=None), at(trial=33, attempt=0, step=400, saved=None))
     put(paths, OTHER, {**line}, *begun(3))  # type: ignore[arg-type]
-    assert resumption.reached(paths, 3) == 17
-    assert resumption.reached(paths, 33) == 400
-    assert resumption.reached(paths, 1) == 0
+    assert resumption.read(paths).resumptions == ()
+    of = {3: 10, 33: 399, 1: 4}
+    put(paths, "c" * 32, *(resume(trial=trial, attempt=4, step=step) for trial, step in of.items()))
+    put(paths, "d" * 32, at(trial=3, attempt=4, step=900, saved=None))  # of the attempt that goes on itself
+    assert [(each.trial, each.lost) for each in resumption.read(paths).resumptions] == [(1, 0), (3, 7), (33, 1)]
+
+
+def test_a_member_of_a_pack_has_come_as_far_as_its_lead(paths: SweepPaths) -> None:
+    put(paths, ONE, at(trial=0, attempt=0, step=12, saved=10))
+    put(paths, OTHER, *(resume(trial=trial, attempt=1, step=10, lead=0) for trial in (0, 2)))
+    assert [(each.trial, each.lost) for each in resumption.read(paths).resumptions] == [(0, 2), (2, 2)]
 
 
 def test_resumptions_count_once_however_often_they_are_read_and_come_in_order(paths: SweepPaths) -> None:
-    lines = [resume(trial=1, attempt=2, step=10, lost=3), resume(trial=0, attempt=1, step=0, lost=7)]
-    put(paths, ONE, *lines)
-    put(paths, OTHER, lines[0], resume(trial=1, attempt=1, step=4, lost=0))
+    lines = [resume(trial=1, attempt=2, step=10), resume(trial=0, attempt=1, step=0)]
+    reached = [at(trial=0, attempt=0, step=7, saved=None), at(trial=1, attempt=1, step=13, saved=None)]
+    put(paths, ONE, *lines, *reached)
+    put(paths, OTHER, lines[0], resume(trial=1, attempt=1, step=4))
     found = resumption.read(paths).resumptions
     assert found == (
         Resumption(trial=0, attempt=1, step=0, lost=7),
@@ -69,8 +79,8 @@ def test_how_attempts_ended_is_told_by_attempt(paths: SweepPaths) -> None:
 
 
 def test_lines_that_are_torn_and_files_that_are_no_record_files_say_nothing(paths: SweepPaths) -> None:
-    data = put(paths, ONE, resume(trial=0, attempt=1, step=5, lost=1), ended(0))
-    paths.record(ONE).write_bytes(data.replace(b'"lost":1', b'"lost":9').replace(b"because", b"becausE"))
+    data = put(paths, ONE, resume(trial=0, attempt=1, step=5), ended(0))
+    paths.record(ONE).write_bytes(data.replace(b'"step":5', b'"step":9').replace(b"because", b"becausE"))
     (paths.records / "notes.jsonl").write_bytes(data)
     paths.record("c" * 32).mkdir()
     paths.record("d" * 32).symlink_to(paths.records / "notes.jsonl")

@@ -15,7 +15,7 @@ from orchestrator.core.paths import SweepPaths
 from orchestrator.results import top_models
 from orchestrator.results.fold import Fold
 from orchestrator.results.records import Status, outcome
-from orchestrator.results.top_models import Podium
+from orchestrator.results.top_models import TopModels
 
 GOALS = st.sampled_from(["minimize", "maximize"])
 RESULTS = st.lists(
@@ -34,14 +34,14 @@ def ranked(results: list[tuple[int, float]], goal: str) -> list[int]:
 
 @given(RESULTS, st.integers(1, 4), GOALS)
 def test_the_podium_lets_go_of_all_that_do_not_rank(results: list[tuple[int, float]], top: int, goal: str) -> None:
-    podium = Podium(Metric(goal=goal), top)  # type: ignore[arg-type]
+    podium = TopModels(Metric(goal=goal), top)  # type: ignore[arg-type]
     gone = [i for index, value in results for i, _ in podium.add(index, value, sha(index))]
     assert sorted(gone) == sorted(ranked(results, goal)[top:])
 
 
 @given(RESULTS, st.integers(1, 4), GOALS)
 def test_nothing_below_the_bar_would_have_ranked(results: list[tuple[int, float]], top: int, goal: str) -> None:
-    podium = Podium(Metric(goal=goal), top)  # type: ignore[arg-type]
+    podium = TopModels(Metric(goal=goal), top)  # type: ignore[arg-type]
     for position, (index, value) in enumerate(results):
         bar = podium.bar
         below = bar is not None and (value > bar if goal == "minimize" else value < bar)
@@ -52,7 +52,7 @@ def test_nothing_below_the_bar_would_have_ranked(results: list[tuple[int, float]
 
 @pytest.mark.parametrize(("value", "bar"), [(0.1, 0.2), (0.3, 0.3)])
 def test_a_trial_has_one_place_on_the_podium(value: float, bar: float) -> None:
-    podium = Podium(Metric(), 2)
+    podium = TopModels(Metric(), 2)
     assert podium.add(3, 0.1, sha(3)) == podium.add(3, value, sha(3)) == podium.add(5, 0.2, sha(5)) == []
     assert podium.bar == bar
     assert podium.add(6, 0.0, sha(6)) == [({0.2: 5, 0.3: 3}[bar], sha({0.2: 5, 0.3: 3}[bar]))]

@@ -13,9 +13,9 @@ from orchestrator.core.atomic import JsonObject
 from orchestrator.core.paths import SweepPaths
 from orchestrator.results import records
 from orchestrator.results.records import Cause, RecordWriter, Status
-from orchestrator.slurm import ledger, submit
+from orchestrator.slurm import jobs, ledger, submit, sweep_folder
 from orchestrator.slurm import resubmit as tending
-from orchestrator.slurm.resubmit import ASK_S, MOST_FRUITLESS, Tender, objection
+from orchestrator.slurm.resubmit import ASK_S, MOST_FRUITLESS, Resubmitter, objection
 from orchestrator.slurm.submit import Receipt
 from orchestrator.sweep import Sweep
 
@@ -34,8 +34,10 @@ class Scene:
         submit.submit(self.paths, self.sweep.plan)
         self.tender = self.new_tender()
 
-    def new_tender(self, *, retries: bool = False) -> Tender:
-        return Tender(self.sweep, again=self.again, say=self.said.append, retries=retries, clock=lambda: self.now_s)
+    def new_tender(self, *, retries: bool = False) -> Resubmitter:
+        return Resubmitter(
+            self.sweep, again=self.again, say=self.said.append, retries=retries, clock=lambda: self.now_s
+        )
 
     def again(self) -> Receipt:
         return submit.resubmit(self.paths, self.sweep.plan, missing=self.sweep.fold.num_missing)
@@ -75,7 +77,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     (tmp_path / "fake").mkdir()
     fake = FakeSlurm(tmp_path / "fake", monkeypatch)
     plan = plan_of(parameters={"x": {"values": [0, 1, 2, 3]}})
-    return Scene(submit.prepare(plan, SNAPSHOT, b"name: s\n", tmp_path / "runs"), fake)
+    return Scene(sweep_folder.prepare(plan, SNAPSHOT, b"name: s\n", tmp_path / "runs"), fake)
 
 
 # When
@@ -138,7 +140,7 @@ def test_while_something_is_alive_nothing_is_submitted(scene: Scene) -> None:
 
 
 def test_what_was_cancelled_is_over(scene: Scene) -> None:
-    submit.cancel(scene.paths)
+    jobs.cancel(scene.paths)
     assert scene.look()
     assert (scene.num_submissions, scene.said) == (1, [])
 

@@ -17,7 +17,7 @@ from orchestrator.config.spec import Launch, Reduce, SweepSpec
 from orchestrator.core.paths import SweepPaths
 from orchestrator.core.process import Process
 from orchestrator.errors import FolderError, OrcError, SbatchRejected, SlurmUnreachable, UsageError
-from orchestrator.slurm import ledger, submit
+from orchestrator.slurm import jobs, ledger, submit, sweep_folder
 from orchestrator.slurm.commands import Patience
 
 QUICK = Patience(timeout_s=20, tries=2, pause_s=0.01)
@@ -43,7 +43,7 @@ def plan() -> SweepPlan:
 
 @pytest.fixture
 def paths(plan: SweepPlan, tmp_path: Path) -> SweepPaths:
-    return submit.prepare(plan, SNAPSHOT, b"name: s\n", tmp_path / "runs")
+    return sweep_folder.prepare(plan, SNAPSHOT, b"name: s\n", tmp_path / "runs")
 
 
 def submit_in_a_process(paths: SweepPaths) -> int:
@@ -72,7 +72,7 @@ def test_a_prepared_folder_is_whole_and_ones_own(paths: SweepPaths, plan: SweepP
 
 def test_preparing_again_finds_the_same_folder(paths: SweepPaths, plan: SweepPlan) -> None:
     before = paths.plan.stat()
-    assert submit.prepare(plan, SNAPSHOT, b"name: s # edited\n", paths.root.parent) == paths
+    assert sweep_folder.prepare(plan, SNAPSHOT, b"name: s # edited\n", paths.root.parent) == paths
     assert paths.plan.stat() == before
     assert paths.sweep_file.read_bytes() == b"name: s\n"
 
@@ -84,28 +84,28 @@ def test_a_preparation_that_is_killed_is_never_seen(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(submit, "write_plan", die)
+        patch.setattr(sweep_folder, "write_plan", die)
         with pytest.raises(KeyboardInterrupt):
-            submit.prepare(plan, SNAPSHOT, b"", tmp_path / "runs")
+            sweep_folder.prepare(plan, SNAPSHOT, b"", tmp_path / "runs")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [".gitignore"]
-    assert submit.prepare(plan, SNAPSHOT, b"", tmp_path / "runs").plan.exists()
+    assert sweep_folder.prepare(plan, SNAPSHOT, b"", tmp_path / "runs").plan.exists()
 
 
 def test_a_runs_folder_that_is_a_file_is_named(plan: SweepPlan, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(FolderError, match="runs: should be a folder for sweeps, but is a file"):
-        submit.prepare(plan, SNAPSHOT, b"", tmp_path / "runs")
+        sweep_folder.prepare(plan, SNAPSHOT, b"", tmp_path / "runs")
 
 
 def test_a_runs_folder_that_is_not_writable_is_named(plan: SweepPlan) -> None:
     with pytest.raises(FolderError, match=r"/proc/runs: can't be made: .*--dir or \$ORC_DIR"):
-        submit.prepare(plan, SNAPSHOT, b"", Path("/proc/runs"))
+        sweep_folder.prepare(plan, SNAPSHOT, b"", Path("/proc/runs"))
 
 
 def test_a_folder_of_another_schema_is_refused(paths: SweepPaths, plan: SweepPlan) -> None:
     paths.plan.write_bytes(paths.plan.read_bytes().replace(b'"schema":1', b'"schema":9', 1))
     with pytest.raises(FolderError, match="schema 9"):
-        submit.prepare(plan, SNAPSHOT, b"", paths.root.parent)
+        sweep_folder.prepare(plan, SNAPSHOT, b"", paths.root.parent)
 
 
 def test_fault_30_a_folder_that_anyone_may_write_is_not_executed(
@@ -205,7 +205,7 @@ def test_without_slurm_nothing_is_begun(
     with pytest.raises(SlurmUnreachable, match="--on local"):
         submit.submit(paths, plan, patience=QUICK)
     assert ledger.current(paths) is None
-    assert submit.live(paths) == []
+    assert jobs.live(paths) == []
 
 
 def test_fault_14_a_silent_controller_leaves_a_submission_to_complete(
@@ -236,7 +236,7 @@ def test_workers_are_bounded_by_the_blocks_and_by_what_was_asked(
     fake: FakeSlurm, tmp_path: Path, asked: int | None, most: int | None, expected: int
 ) -> None:
     plan = plan_of(launch=Launch(trials_per_task=2, max_workers=most))
-    paths = submit.prepare(plan, SNAPSHOT, b"", tmp_path / "runs")
+    paths = sweep_folder.prepare(plan, SNAPSHOT, b"", tmp_path / "runs")
     assert submit.submit(paths, plan, workers=asked).submission.num_workers == expected
 
 
@@ -283,7 +283,7 @@ def test_a_check_asks_about_every_script_and_writes_nothing(fake: FakeSlurm, pla
 
 def test_fault_28_hostile_folders_and_options_reach_sbatch_as_text(fake: FakeSlurm, tmp_path: Path) -> None:
     plan = plan_of(slurm={"comment-like": 'a "b" $(touch x)'}, env={"A": "'; touch x; $(touch x)"})
-    paths = submit.prepare(plan, SNAPSHOT, b"", tmp_path / "it's $(touch x) 100%")
+    paths = sweep_folder.prepare(plan, SNAPSHOT, b"", tmp_path / "it's $(touch x) 100%")
     submit.submit(paths, plan)
     assert str(paths.script("workers-0")) == fake.argv("sbatch")[0][-1]
     assert list(tmp_path.rglob("x")) == []
@@ -300,7 +300,7 @@ def test_fault_39_only_jobs_that_match_what_was_written_down_are_live(
     stranger = {"id": "102", "name": "other", "comment": "other", "tasks": 0, "state": "RUNNING"}
     overwritten = {**workers, "comment": "the site's own"}
     fake.jobs = [{**overwritten, "tasks": 2}, stranger, {**reducer, "id": "9", "state": "COMPLETED"}]
-    assert [(job.job, job.what, job.state) for job in submit.live(paths)] == [
+    assert [(job.job, job.what, job.state) for job in jobs.live(paths)] == [
         ("101_0", "workers-0", "PENDING"),
         ("101_1", "workers-0", "PENDING"),
     ]
@@ -310,7 +310,7 @@ def test_a_cancel_mark_is_durable_before_scancel(fake: FakeSlurm, paths: SweepPa
     token = submit.submit(paths, plan).submission.token
     fake.jobs = [*fake.jobs, {"id": "999", "name": "mine too", "comment": "", "tasks": 0, "state": "RUNNING"}]
     fake.set("watched-mark", str(paths.cancelled))
-    cancelled = submit.cancel(paths)
+    cancelled = jobs.cancel(paths)
     assert (fake.root / "mark-at-scancel").read_text() == "True"
     assert [job["state"] for job in fake.jobs] == ["CANCELLED", "CANCELLED", "RUNNING"]
     assert len(cancelled) == 11
@@ -322,13 +322,13 @@ def test_the_mark_stays_when_slurm_is_silent(fake: FakeSlurm, paths: SweepPaths,
     token = submit.submit(paths, plan).submission.token
     fake.will("squeue", "down")
     with pytest.raises(SlurmUnreachable):
-        submit.cancel(paths, patience=QUICK)
+        jobs.cancel(paths, patience=QUICK)
     assert ledger.is_cancelled(paths, token)
 
 
 def test_a_cancelled_sweep_is_resumed_not_submitted(fake: FakeSlurm, paths: SweepPaths, plan: SweepPlan) -> None:
     first = submit.submit(paths, plan).submission
-    submit.cancel(paths)
+    jobs.cancel(paths)
     with pytest.raises(UsageError, match="was cancelled; `orc resume"):
         submit.submit(paths, plan)
     second = submit.resubmit(paths, plan, missing=5, settings={"mem": "32G"}).submission
@@ -412,7 +412,7 @@ def test_a_tree_whose_submission_was_killed_is_completed_not_repeated(
     fake: FakeSlurm, tmp_path: Path, when: str, part: int
 ) -> None:
     plan = plan_of(reduce=TREE)
-    paths = submit.prepare(plan, SNAPSHOT, b"", tmp_path / "trees")
+    paths = sweep_folder.prepare(plan, SNAPSHOT, b"", tmp_path / "trees")
     fake.will("sbatch", *["ok"] * part, when)
     assert submit_in_a_process(paths) == -signal.SIGKILL
     done = submit.submit(paths, plan).submission
@@ -479,7 +479,7 @@ def test_a_resumption_with_no_trial_missing_submits_the_whole_tree(fake: FakeSlu
 def test_a_cancel_ends_every_level(fake: FakeSlurm, paths: SweepPaths) -> None:
     submission = submit.submit(paths, plan_of(reduce=TREE)).submission
     assert submission is not None
-    assert list(dict.fromkeys(job.what for job in submit.cancel(paths))) == list(PARTS)
+    assert list(dict.fromkeys(job.what for job in jobs.cancel(paths))) == list(PARTS)
     assert {part.job for part in submission.parts} <= set(fake.argv("scancel")[-1])
 
 
@@ -531,9 +531,9 @@ def test_a_sweep_on_this_machine_is_one_supervisor_and_no_slurm(
     assert argv == [*start, "--slots", "2", "--then-reduce"]
     assert (job, search) == ("JOB=", f"PYTHONPATH={Path.cwd() / 'src'}")
     assert submit.submit(paths, plan, on="local").already
-    assert [(one.what, one.state) for one in submit.live(paths)] == [("local", "alive")]
-    submit.cancel(paths, grace_s=5)
-    assert submit.live(paths) == []
+    assert [(one.what, one.state) for one in jobs.live(paths)] == [("local", "alive")]
+    jobs.cancel(paths, grace_s=5)
+    assert jobs.live(paths) == []
     assert fake.calls == []
 
 
@@ -546,13 +546,13 @@ def test_a_local_start_without_a_word_of_it_is_found_by_its_token(
     paths.submissions.write_bytes(intent + b"\n")
     again = submit.submit(paths, plan, on="local").submission
     assert again == submission
-    assert submit.cancel(paths, grace_s=5)[0].process == submission.parts[0].process
+    assert jobs.cancel(paths, grace_s=5)[0].process == submission.parts[0].process
 
 
 def test_a_process_of_another_machine_keeps_a_resumption_from_starting(
     paths: SweepPaths, plan: SweepPlan, supervisor: Path
 ) -> None:
-    part = ledger.Part(what="local", num_workers=1)
+    part = ledger.SubmissionPart(what="local", num_workers=1)
     submission = ledger.Submission(token="0" * 32, epoch=0, on="local", host="elsewhere", parts=(part,))
     ledger.append(paths, ledger.intent(submission, "local"))
     with pytest.raises(OrcError, match="is being submitted on elsewhere"):

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from orchestrator.core import atomic
 from orchestrator.stats import exact
 from orchestrator.stats.quantile_sketch import bucket, representative
-from orchestrator.stats.summary import QUANTILES, Summary
+from orchestrator.stats.statistics import QUANTILES
+from orchestrator.stats.summary import Summary
 
 TINY, LEAST_NORMAL, HUGE = 5e-324, 2.2250738585072014e-308, sys.float_info.max
 SPECIAL = [0.0, -0.0, TINY, -TINY, 1.5e-323, LEAST_NORMAL, HUGE, -HUGE, 1e308, 1.0, -1.0, 1 + 2**-52, 0.1, 1e16]

@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.config.spec import Launch
 from orchestrator.errors import OrcError
-from orchestrator.supervisor.devices import devices, devices_of_trial
+from orchestrator.supervisor.options import devices, devices_of_trial
 
 
 def shares(launch: Launch, visible: str | None) -> list[list[str | None]]:

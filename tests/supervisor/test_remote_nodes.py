@@ -20,14 +20,27 @@ import pytest
 import sweeps
 from sweeps import OTHER, TOKEN, folder, left_running, records, spec, superseded, until
 
-from orchestrator.config.spec import Checkpoint
+from orchestrator.config.spec import CheckpointOptions
 from orchestrator.core import atomic
 from orchestrator.core.channel import Channel
+from orchestrator.core.messages import (
+    FromWorker,
+    Heartbeat,
+    ImportDone,
+    KillWorker,
+    RankStarted,
+    Reported,
+    StartWorker,
+    TellWorker,
+    ToWorker,
+    WorkerId,
+)
 from orchestrator.core.paths import SweepPaths
 from orchestrator.distributed.rendezvous import interface_towards
 from orchestrator.errors import OrcError
-from orchestrator.supervisor.remote_nodes import Heard, NodeLost, Outposts, addresses, call
-from orchestrator.supervisor.worker_pool import Post
+from orchestrator.results import resumption
+from orchestrator.supervisor.node_handshake import addresses, call
+from orchestrator.supervisor.remote_nodes import NodeLost, RemoteNodes
 
 JOB = """
 import os, pathlib, time
@@ -65,7 +78,7 @@ def train(trial):
 def pair(runs: Path, begin: str = "", trials: int = 1, **options: int) -> SweepPaths:
     """A sweep whose trials train on two nodes."""
     of = spec(program="train.py", trials=trials, nodes=2, **options)
-    return folder(runs, replace(of, checkpoint=Checkpoint(every="1h")), JOB.format(begin=begin))
+    return folder(runs, replace(of, checkpoint=CheckpointOptions(every="1h")), JOB.format(begin=begin))
 
 
 def seat(paths: SweepPaths, node: int, **more: str) -> dict[str, str]:
@@ -184,8 +197,8 @@ def test_fault_01_a_notice_at_the_first_node_has_all_ranks_save_at_one_step(tmp_
     superseded(paths, OTHER, TOKEN)
     with nodes(paths, OTHER) as both:
         assert [ended(one)[0] for one in both] == [0, 0]
-    (resumed,) = records(paths, "resume")
-    assert (resumed["lost"], resumed["step"] >= 7) == (0, True)
+    (resumed,) = resumption.read(paths).resumptions
+    assert (resumed.lost, resumed.step >= 7) == (0, True)
     assert results(paths) == alone(tmp_path)
     nothing_is_left(paths)
 
@@ -285,16 +298,16 @@ def place(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def listening(place: Path, num_nodes: int = 2, **options: Any) -> Iterator[Outposts]:
-    outposts = Outposts(place, num_nodes=num_nodes, ranks_per_node=1, **options)
-    outposts.open([socket.gethostname(), "127.0.0.1"])
+def listening(place: Path, num_nodes: int = 2, **options: Any) -> Iterator[RemoteNodes]:
+    nodes = RemoteNodes(place, num_nodes=num_nodes, ranks_per_node=1, **options)
+    nodes.open([socket.gethostname(), "127.0.0.1"])
     try:
-        yield outposts
+        yield nodes
     finally:
-        outposts.stop(grace_s=0.1, late_s=0.0)
+        nodes.stop(grace_s=0.1, late_s=0.0)
 
 
-def during(outposts: Outposts, act: Callable[[], Channel | None]) -> Channel | OSError | OrcError | None:
+def during(nodes: RemoteNodes, act: Callable[[], Channel | None]) -> Channel | OSError | OrcError | None:
     """What `act` comes to while the first node listens."""
     found: list[Channel | OSError | OrcError | None] = []
 
@@ -306,12 +319,12 @@ def during(outposts: Outposts, act: Callable[[], Channel | None]) -> Channel | O
 
     thread = Thread(target=run)
     thread.start()
-    until(lambda: list(outposts.poll()) or not thread.is_alive())
+    until(lambda: list(nodes.poll()) or not thread.is_alive())
     return found[0]
 
 
 def port(place: Path) -> int:
-    line = atomic.unchecked((place / "outposts").read_bytes().rstrip())
+    line = atomic.unchecked((place / "nodes").read_bytes().rstrip())
     assert line is not None
     return int(str(line["port"]))
 
@@ -319,7 +332,7 @@ def port(place: Path) -> int:
 def hello(key: str, node: int) -> bytes:
     import hmac
 
-    proof = hmac.digest(key.encode(), f"outpost {node} salt".encode(), "sha256").hex()
+    proof = hmac.digest(key.encode(), f"other {node} salt".encode(), "sha256").hex()
     return atomic.checked({"node": node, "salt": "salt", "host": "x", "proof": proof})
 
 
@@ -328,7 +341,7 @@ def hello(key: str, node: int) -> bytes:
     [b"", b"GET / HTTP/1.0\r\n\r\n", b"x" * 100_000, b'{"node":1}\n', hello("0" * 64, 1), hello("é", 1) * 2],
 )
 def test_fault_26_a_stranger_is_hung_up_on_and_the_node_still_gets_in(place: Path, words: bytes) -> None:
-    with listening(place) as outposts:
+    with listening(place) as nodes:
 
         def intrude() -> None:
             with socket.create_connection(("127.0.0.1", port(place))) as sock:
@@ -337,96 +350,96 @@ def test_fault_26_a_stranger_is_hung_up_on_and_the_node_still_gets_in(place: Pat
                 while sock.recv(100):
                     raise AssertionError("a stranger was answered")
 
-        assert not isinstance(during(outposts, intrude), OrcError)
-        assert not outposts.ready
-        joined(place, outposts).close()
+        assert not isinstance(during(nodes, intrude), OrcError)
+        assert not nodes.ready
+        joined(place, nodes).close()
 
 
 def test_words_to_a_far_worker_and_from_it_arrive_in_order(place: Path) -> None:
-    with listening(place) as outposts:
-        line = during(outposts, lambda: call(place, 1, within_s=30))
+    with listening(place) as nodes:
+        line = during(nodes, lambda: call(place, 1, within_s=30))
         assert isinstance(line, Channel)
-        post = Post(0, 1)
-        outposts.worker(post).channel.send({"index": 3})
-        outposts.worker(post).tell("leave")
-        outposts.kill(post)
+        nodes.send(WorkerId(0, 1), RankStarted(pid=3))
+        nodes.tell("leave")
+        nodes.kill(WorkerId(0, 1))
         said: list[object] = []
         until(lambda: said.extend(line.receive()) or len(said) == 4)
         assert said == [
-            {"start": [0, 1]}, {"to": [0, 1], "message": {"index": 3}}, {"tell": [0, 1], "word": "leave"},
-            {"kill": [0, 1]},
+            StartWorker(slot=0, rank=1), ToWorker(slot=0, rank=1, body=RankStarted(pid=3)),
+            TellWorker(slot=0, rank=1, action="leave"), KillWorker(slot=0, rank=1),
         ]  # fmt: skip
-        for number in range(3):
-            line.send({"from": [0, 1], "message": {"report": number}})
+        said_there = [FromWorker(slot=0, rank=1, body=Reported(step=number, metrics={})) for number in range(3)]
+        for message in said_there:
+            line.send(message)
         heard: list[object] = []
-        until(lambda: heard.extend(outposts.poll()) or len(heard) == 3)
-        assert heard == [Heard(post, {"report": number}) for number in range(3)]
+        until(lambda: heard.extend(nodes.poll()) or len(heard) == 3)
+        assert heard == said_there
         line.close()
 
 
-def joined(place: Path, outposts: Outposts, node: int = 1) -> Channel:
+def joined(place: Path, nodes: RemoteNodes, node: int = 1) -> Channel:
     """The line of a node that has come and is ready."""
-    line = during(outposts, lambda: call(place, node, within_s=30))
+    line = during(nodes, lambda: call(place, node, within_s=30))
     assert isinstance(line, Channel)
-    line.send({"ready": True})
-    until(lambda: list(outposts.poll()) or f" {node}" not in outposts.missing().partition(":")[2])
+    line.send(ImportDone())
+    until(lambda: list(nodes.poll()) or f" {node}" not in nodes.missing().partition(":")[2])
     return line
 
 
 def test_a_node_that_was_not_answered_in_time_comes_again(place: Path) -> None:
-    with listening(place) as outposts:
-        first = during(outposts, lambda: call(place, 1, within_s=30))
+    with listening(place) as nodes:
+        first = during(nodes, lambda: call(place, 1, within_s=30))
         assert isinstance(first, Channel)
-        again = joined(place, outposts)
-        assert outposts.ready
+        again = joined(place, nodes)
+        assert nodes.ready
         first.close()
-        assert not list(outposts.poll())
+        assert not list(nodes.poll())
         again.close()
 
 
 def test_who_is_hung_up_on_in_the_same_look_is_not_heard(place: Path) -> None:
     """A stranger's words and the last node's first come at once; so do a late answer and the node's second call."""
-    with listening(place, num_nodes=3) as outposts, ExitStack() as stack:
-        other = joined(place, outposts, 2)
-        line = during(outposts, lambda: call(place, 1, within_s=30))
+    with listening(place, num_nodes=3) as nodes, ExitStack() as stack:
+        other = joined(place, nodes, 2)
+        line = during(nodes, lambda: call(place, 1, within_s=30))
         assert isinstance(line, Channel)
         strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", port(place)))) for _ in range(3)]
         for _ in strangers:
-            list(outposts.poll())
-        line.send({"ready": True})
+            list(nodes.poll())
+        line.send(ImportDone())
         for one in strangers:
             one.sendall(b"words")
         stack.enter_context(socket.create_connection(("127.0.0.1", port(place))))
-        until(lambda: list(outposts.poll()) or outposts.ready)
-        assert list(outposts.poll()) == []
+        until(lambda: list(nodes.poll()) or nodes.ready)
+        assert list(nodes.poll()) == []
         line.close()
         other.close()
 
 
 def test_a_node_that_hangs_up_before_it_is_ready_is_waited_for(place: Path) -> None:
-    with listening(place) as outposts:
-        line = during(outposts, lambda: call(place, 1, within_s=30))
+    with listening(place) as nodes:
+        line = during(nodes, lambda: call(place, 1, within_s=30))
         assert isinstance(line, Channel)
         line.close()
-        until(lambda: list(outposts.poll()) or "not ready: 1" in outposts.missing())
-        joined(place, outposts).close()
+        until(lambda: list(nodes.poll()) or "not ready: 1" in nodes.missing())
+        joined(place, nodes).close()
 
 
 def test_a_node_that_gives_no_sign_of_life_is_lost(place: Path) -> None:
     clock = sweeps.Clock()
-    with listening(place, silent_s=60.0, clock=clock) as outposts:
-        line = joined(place, outposts)
+    with listening(place, silent_s=60.0, clock=clock) as nodes:
+        line = joined(place, nodes)
         for _ in range(5):
             clock.now += 10_000.0  # this process was suspended, so who knows whether there was one
-            outposts.look()
-        line.send({"beat": True})
-        until(lambda: list(outposts.poll()) or not select.select([outposts], [], [], 0)[0])
+            nodes.check()
+        line.send(Heartbeat())
+        until(lambda: list(nodes.poll()) or not select.select([nodes], [], [], 0)[0])
         for _ in range(12):
             clock.now += 5.0
-            outposts.look()
+            nodes.check()
         clock.now += 5.0
         with pytest.raises(NodeLost, match=r"^node 1 \(.+\) of this job has given no sign of life for 65 s$"):
-            outposts.look()
+            nodes.check()
         line.close()
 
 
@@ -439,21 +452,21 @@ def test_a_node_that_comes_after_all_is_over_leaves(place: Path) -> None:
 
 
 def test_strangers_that_say_nothing_are_turned_out_when_there_are_many(place: Path) -> None:
-    with listening(place) as outposts, ExitStack() as stack:
+    with listening(place) as nodes, ExitStack() as stack:
         address = ("127.0.0.1", port(place))
         for _ in range(100):
             stack.enter_context(socket.create_connection(address))
-            list(outposts.poll())
-        joined(place, outposts).close()
+            list(nodes.poll())
+        joined(place, nodes).close()
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
 
 
 def test_a_node_comes_once_and_only_if_it_is_of_the_job(place: Path) -> None:
-    with listening(place, num_nodes=3) as outposts:
-        line = joined(place, outposts)
+    with listening(place, num_nodes=3) as nodes:
+        line = joined(place, nodes)
         for node in (1, 0, 3):
-            refused = during(outposts, lambda node=node: call(place, node, within_s=0.2))  # type: ignore[misc]
+            refused = during(nodes, lambda node=node: call(place, node, within_s=0.2))  # type: ignore[misc]
             assert isinstance(refused, OrcError)
             assert f"node {node} of this job can't reach its first node within 0 s" in str(refused)
         line.close()
@@ -463,20 +476,20 @@ def test_what_an_earlier_run_has_published_is_passed_over(place: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as gone:
         number = gone.getsockname()[1]
     atomic.write(
-        place / "outposts", atomic.checked({"hosts": ["127.0.0.1"], "port": number, "key": secrets.token_hex(32)})
+        place / "nodes", atomic.checked({"hosts": ["127.0.0.1"], "port": number, "key": secrets.token_hex(32)})
     )
     found: list[Channel] = []
     caller = Thread(target=lambda: found.append(call(place, 1, within_s=60)))
     caller.start()
-    with listening(place) as outposts:
-        until(lambda: list(outposts.poll()) or not caller.is_alive())
+    with listening(place) as nodes:
+        until(lambda: list(nodes.poll()) or not caller.is_alive())
         assert found
         found[0].close()
 
 
 @pytest.mark.parametrize("what", ["mode", "link", "text"])
 def test_a_file_that_others_could_have_written_is_not_trusted(place: Path, what: str) -> None:
-    file = place / "outposts"
+    file = place / "nodes"
     if what == "link":
         (place / "other").write_bytes(atomic.checked({"hosts": ["127.0.0.1"], "port": 1, "key": "k"}))
         file.symlink_to(place / "other")

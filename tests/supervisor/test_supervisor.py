@@ -797,7 +797,7 @@ def test_a_folder_that_is_no_sweep_is_a_clear_error(tmp_path: Path) -> None:
 
 def test_the_supervisor_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'numpy', 'pydantic', 'jinja2', 'pandas'}"
-    modules = "orchestrator.supervisor.supervisor, orchestrator.worker.command"
+    modules = "orchestrator.supervisor.main, orchestrator.worker.command"
     program = f"import sys, {modules}; sys.exit(str({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert found.stderr == "set()\n"

@@ -12,10 +12,10 @@ from sweeps import Clock, no_room_after
 
 from orchestrator.core.atomic import JsonObject
 from orchestrator.core.paths import SweepPaths
-from orchestrator.results.claims import Block, Claims, Growth
+from orchestrator.results.claims import Block, Claims, WriterWatch
 from orchestrator.results.fold import Fold
 from orchestrator.results.records import Cause, RecordWriter, Status, end, notice, outcome, start
-from orchestrator.supervisor.trial_queue import Ready, Source, Succession
+from orchestrator.supervisor.trial_queue import GoneWriters, PendingTrial, TrialQueue
 
 NUM, SIZE = 10, 3
 LEASE_S = 10.0
@@ -34,15 +34,15 @@ class House:
         identity: JsonObject = {"submission": submission, "job": job, "restarts": restarts, "slots": 1}
         return RecordWriter(self.paths, identity, clock=self.clock)
 
-    def source(self, writer: RecordWriter, worker: int = 0, **succession: object) -> Source:
+    def source(self, writer: RecordWriter, worker: int = 0, **succession: object) -> TrialQueue:
         known = {"submission": "first", "job": None, "restarts": 0, "superseded": frozenset[str](), **succession}
-        return Source(
+        return TrialQueue(
             Block.all(NUM, SIZE),
             worker,
             claims=Claims(self.paths, writer.writer),
             fold=Fold(self.paths, NUM),
-            growth=Growth(self.paths, LEASE_S, clock=self.clock),
-            succession=Succession(**known),  # type: ignore[arg-type]
+            growth=WriterWatch(self.paths, LEASE_S, clock=self.clock),
+            succession=GoneWriters(**known),  # type: ignore[arg-type]
         )
 
     def lost(self, *finished: int, **identity: object) -> RecordWriter:
@@ -58,7 +58,7 @@ def complete(trial: int, status: Status = Status.COMPLETE) -> JsonObject:
     return outcome(trial=trial, attempt=0, status=status, payload={"value": 1.0}, seconds=0.0)
 
 
-def trials(block: list[Ready]) -> list[int]:
+def trials(block: list[PendingTrial]) -> list[int]:
     return [ready.trial for ready in block]
 
 
@@ -91,13 +91,13 @@ def test_one_worker_runs_everything_and_then_nothing(house: House) -> None:
 
 def test_a_sweep_without_trials_has_nothing_to_do(tmp_path: Path) -> None:
     house = House(tmp_path)
-    source = Source(
+    source = TrialQueue(
         [],
         0,
         claims=Claims(house.paths, "w"),
         fold=Fold(house.paths, 0),
-        growth=Growth(house.paths, 1.0),
-        succession=Succession(submission="s", job=None, restarts=0, superseded=frozenset()),
+        growth=WriterWatch(house.paths, 1.0),
+        succession=GoneWriters(submission="s", job=None, restarts=0, superseded=frozenset()),
     )
     assert source.next() == []
 
@@ -124,8 +124,8 @@ def test_fault_22_a_silent_holder_loses_what_it_has_not_finished(house: House) -
     assert [trials(source.next()) for _ in range(3)] == [[6, 7, 8], [9], []]
     house.clock.now = LEASE_S
     assert source.next() == [
-        Ready(1, 1, Counter({Cause.UNKNOWN: 1})),
-        Ready(2, 1, Counter({Cause.UNKNOWN: 0})),
+        PendingTrial(1, 1, Counter({Cause.UNKNOWN: 1})),
+        PendingTrial(2, 1, Counter({Cause.UNKNOWN: 0})),
     ]
     assert source.next() == []
 

@@ -14,9 +14,9 @@ from sweeps import Clock, until
 
 import orchestrator as orc
 from orchestrator.errors import OrcError
-from orchestrator.training.checkpoint.async_writer import Saver
+from orchestrator.training.checkpoint.async_writer import AsyncWriter
 from orchestrator.training.checkpoint.files import Checkpoints, Gone, Identity
-from orchestrator.training.checkpoint.interval import Pace
+from orchestrator.training.checkpoint.interval import SaveInterval
 from orchestrator.training.checkpoint.serialization import Packed, encode, pack
 from orchestrator.training.checkpoint.state import capture
 
@@ -47,8 +47,8 @@ def slow(tmp_path: Path) -> Iterator[Slow]:
     found.may_write.set()
 
 
-def every_step() -> Pace:
-    return Pace(clock=Clock(), every_steps=1)
+def every_step() -> SaveInterval:
+    return SaveInterval(clock=Clock(), every_steps=1)
 
 
 def nothing_is_under_way() -> bool:
@@ -61,7 +61,7 @@ def stored(checkpoints: Checkpoints) -> Any:
 
 
 def test_the_state_is_that_of_the_moment_of_the_call(slow: Slow) -> None:
-    saver, weights, losses = Saver(slow, every_step()), torch.zeros(1000), [1.0]
+    saver, weights, losses = AsyncWriter(slow, every_step()), torch.zeros(1000), [1.0]
     saver.save(1, lambda: {"weights": weights, "losses": losses})
     weights.fill_(9)
     losses.append(2.0)
@@ -73,7 +73,7 @@ def test_the_state_is_that_of_the_moment_of_the_call(slow: Slow) -> None:
 
 def test_memory_for_the_copy_is_used_again_and_its_content_is_not(slow: Slow) -> None:
     slow.may_write.set()
-    saver = Saver(slow, every_step())
+    saver = AsyncWriter(slow, every_step())
     for step, weights in enumerate([torch.zeros(3, 4), torch.ones(3, 4), torch.ones(4, 3).double(), torch.ones(2)]):
         saver.save(step, lambda: {"weights": weights})  # noqa: B023 (it is called at once)
         saver.wait()
@@ -81,7 +81,7 @@ def test_memory_for_the_copy_is_used_again_and_its_content_is_not(slow: Slow) ->
 
 
 def test_one_save_is_under_way_at_most_and_training_does_not_wait_for_it(slow: Slow) -> None:
-    saver = Saver(slow, every_step())
+    saver = AsyncWriter(slow, every_step())
     assert saver.due(1)
     saver.save(1, dict)
     assert not saver.due(2)
@@ -94,7 +94,7 @@ def test_one_save_is_under_way_at_most_and_training_does_not_wait_for_it(slow: S
 
 
 def test_at_a_notice_the_one_under_way_is_finished_and_then_the_last_state_saved(slow: Slow) -> None:
-    saver = Saver(slow, every_step())
+    saver = AsyncWriter(slow, every_step())
     saver.save(1, lambda: {"at": 1})
     threading.Timer(0.01, slow.may_write.set).start()
     path = saver.save_now(2, lambda: {"at": 2})
@@ -106,7 +106,7 @@ def test_at_a_notice_the_one_under_way_is_finished_and_then_the_last_state_saved
 
 @pytest.mark.parametrize("call", ["due", "save", "wait"])
 def test_what_goes_wrong_beside_the_training_is_raised_by_the_next_call_once(slow: Slow, call: str) -> None:
-    saver = Saver(slow, every_step())
+    saver = AsyncWriter(slow, every_step())
     slow.error = OrcError("the disk is full")
     saver.save(1, dict)
     slow.may_write.set()
@@ -119,7 +119,7 @@ def test_what_goes_wrong_beside_the_training_is_raised_by_the_next_call_once(slo
 
 
 def test_a_last_save_that_works_makes_good_for_the_one_before_it(slow: Slow) -> None:
-    saver = Saver(slow, every_step())
+    saver = AsyncWriter(slow, every_step())
     slow.error = OrcError("the disk is full")
     slow.may_write.set()
     saver.save(1, dict)
@@ -129,7 +129,7 @@ def test_a_last_save_that_works_makes_good_for_the_one_before_it(slow: Slow) -> 
 
 
 def test_a_trial_that_someone_else_has_finished_is_heard_of_by_every_call(slow: Slow) -> None:
-    saver = Saver(slow, every_step())
+    saver = AsyncWriter(slow, every_step())
     slow.may_write.set()
     for call in (lambda: saver.save_now(2, dict), saver.wait):
         slow.error = Gone("finished")
@@ -139,7 +139,7 @@ def test_a_trial_that_someone_else_has_finished_is_heard_of_by_every_call(slow: 
 
 
 def test_when_the_trial_has_an_outcome_nothing_is_raised(slow: Slow) -> None:
-    saver = Saver(slow, every_step())
+    saver = AsyncWriter(slow, every_step())
     slow.error = Gone("finished")
     saver.save(1, dict)
     slow.may_write.set()
@@ -149,15 +149,15 @@ def test_when_the_trial_has_an_outcome_nothing_is_raised(slow: Slow) -> None:
 
 
 def test_what_a_checkpoint_cannot_hold_is_said_at_once(slow: Slow) -> None:
-    saver = Saver(slow, every_step())
+    saver = AsyncWriter(slow, every_step())
     for save in (saver.save, saver.save_now):
         with pytest.raises(TypeError, match=r"state\['loader'\] is of type object"):
             save(1, lambda: {"loader": object()})
 
 
 def test_the_cost_is_measured_and_decides_the_pace(slow: Slow) -> None:
-    pace = Pace(clock=Clock())
-    saver = Saver(slow, pace)
+    pace = SaveInterval(clock=Clock())
+    saver = AsyncWriter(slow, pace)
     saver.save(1, lambda: {"weights": torch.zeros(1000)})
     threading.Timer(0.6, slow.may_write.set).start()
     saver.wait()
@@ -169,7 +169,7 @@ def test_the_cost_is_measured_and_decides_the_pace(slow: Slow) -> None:
 
 
 def test_the_other_ranks_take_part_and_write_nothing(tmp_path: Path) -> None:
-    saver, taken = Saver(None, every_step()), []
+    saver, taken = AsyncWriter(None, every_step()), []
     assert saver.due(1)
     saver.save(1, lambda: taken.append(1))
     assert saver.save_now(2, lambda: taken.append(2)) is None
@@ -180,7 +180,7 @@ def test_the_other_ranks_take_part_and_write_nothing(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_child_that_is_forked_in_the_middle_has_no_part_in_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "0", Identity(sweep="s", trial=0), ME)
-    saver = Saver(checkpoints, every_step())
+    saver = AsyncWriter(checkpoints, every_step())
     children = []
     for step in range(1, 11):
         saver.save(step, lambda: {"at": step, "weights": torch.full((300_000,), step)})  # noqa: B023 (called at once)
@@ -199,7 +199,7 @@ def test_a_child_that_is_forked_in_the_middle_has_no_part_in_it(tmp_path: Path) 
     assert [int(path.name[:12]) for path in checkpoints.files()] == [10, 9]
 
 
-def trained(saver: Saver | None) -> bytes:
+def trained(saver: AsyncWriter | None) -> bytes:
     torch.manual_seed(1)
     net = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Dropout(0.5), torch.nn.Linear(30, 20))
     state = orc.State(net=net, opt=torch.optim.AdamW(net.parameters()))
@@ -215,7 +215,7 @@ def trained(saver: Saver | None) -> bytes:
 
 
 def test_results_do_not_depend_on_saving(tmp_path: Path) -> None:
-    saver = Saver(Checkpoints(tmp_path / "0", Identity(sweep="s", trial=0), ME), every_step())
+    saver = AsyncWriter(Checkpoints(tmp_path / "0", Identity(sweep="s", trial=0), ME), every_step())
     assert trained(saver) == trained(None)
     saver.wait()
     assert saver.cost is not None

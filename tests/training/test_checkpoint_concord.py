@@ -9,13 +9,14 @@ import pytest
 import torch
 from crew import together
 
-from orchestrator.config.spec import Checkpoint
+from orchestrator.config.spec import CheckpointOptions
+from orchestrator.core.messages import Message, Unable
 from orchestrator.distributed.consensus import Agreement
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.errors import OrcError
-from orchestrator.training.checkpoint.concord import Concord
+from orchestrator.training.checkpoint.concord import RankCheckpointManager
 from orchestrator.training.checkpoint.files import Checkpoints, Identity
-from orchestrator.training.checkpoint.manager import LEAVE, SAVE, STAY, Interrupted
+from orchestrator.training.checkpoint.manager import LEAVE, SAVE, STAY, Interrupted, left
 from orchestrator.training.checkpoint.serialization import Tree
 
 WRITER = "0123456789abcdef" * 2
@@ -32,7 +33,7 @@ Came = tuple[dict[str, Any], list[int], list[str], list[dict[str, Any]]]
 
 
 def trained(
-    party: Party,
+    party: RankContext,
     folder: Path,
     words: dict[tuple[int, int], list[str]],
     every: str = "1h",
@@ -62,23 +63,23 @@ def trained(
 
     whose = Identity(sweep="s", trial=0, world_size=party.world_size)
     checkpoints = Checkpoints(folder / ("file/below" if blocked else "trial"), whose, WRITER, say=said.append)
-    keeper = Concord(
+    keeper = RankCheckpointManager(
         checkpoints,
-        Checkpoint(every=every),
+        CheckpointOptions(every=every),
         party,
         hears=lambda: words.get((party.rank, step), []),
         tells=told.append,
         say=said.append,
     )
     keeper._agreement = Agreement(party, every_s=0.0)  # at every step, though they take no time
-    answer: dict[str, Any] = {}
+    answer: Message | None = None
     try:
         for step in range(1, STEPS):
             keeper.look(step, 0, take)
     except Interrupted as interrupted:
-        answer = cast("dict[str, Any]", interrupted.answer)
-        if "broken" in answer:  # which is one rank's own end, and no leaving together
-            raise OrcError(answer["broken"]) from interrupted
+        answer = interrupted.answer
+        if isinstance(answer, Unable):  # which is one rank's own end, and no leaving together
+            raise OrcError(answer.reason) from interrupted
     finally:
         keeper.close()
     return answer, given, said, told
@@ -102,14 +103,14 @@ def test_fault_01_a_notice_that_one_rank_hears_has_all_save_at_one_step_and_leav
     assert given == [given[0]] * world_size
     [step] = given[0]
     assert 5 <= step < STEPS, "what one wished at a step, all are told at a later one"
-    assert answers[0] == {"end": "preempted", "detail": f"saved at step {step}, to go on later", "step": step}
+    assert answers[0] == left(step)
     assert newest(place, world_size) == step
 
 
 def test_a_wish_to_save_has_all_give_their_state_once_and_go_on(place: Path) -> None:
     words = {(rank, step): [SAVE, STAY] for rank in range(2) for step in (3, 4)}
     found: list[Came] = together(place, 2, trained, place, words)
-    assert [one[0] for one in found] == [{}, {}]
+    assert [one[0] for one in found] == [None, None]
     assert found[0][1] == found[1][1]
     [step] = found[0][1]
     assert newest(place, 2) == step
@@ -118,7 +119,7 @@ def test_a_wish_to_save_has_all_give_their_state_once_and_go_on(place: Path) -> 
 def test_a_save_that_becomes_a_leave_is_one_save(place: Path) -> None:
     words = {(0, step): [SAVE] if step == 3 else [LEAVE] for step in range(3, STEPS)}
     found: list[Came] = together(place, 2, trained, place, words)
-    assert {one[0]["end"] for one in found} == {"preempted"}
+    assert {each[0].cause for each in found} == {"preempted"}
     assert found[0][1] == found[1][1]
     assert len(found[0][1]) == 1
 
@@ -126,7 +127,7 @@ def test_a_save_that_becomes_a_leave_is_one_save(place: Path) -> None:
 def test_only_the_first_rank_s_steps_decide_when_a_save_is_due_and_only_it_writes(place: Path) -> None:
     found: list[Came] = together(place, 3, trained, place, {}, "4 steps")
     assert found[0][1] == found[1][1] == found[2][1] != []
-    assert [one[0] for one in found] == [{}] * 3
+    assert [one[0] for one in found] == [None] * 3
     assert newest(place, 3) in found[0][1]
     assert not found[1][3], "where the trial is, the first one tells"
 
@@ -144,7 +145,7 @@ def test_a_state_that_cannot_be_told_ends_checkpoints_on_all_ranks_and_nothing_e
     found: list[Came] = together(place, 2, trained, place, {(0, 4): [LEAVE]}, "1h", False, 5)
     assert found[0][1] == found[1][1]
     for answer, given, said, _ in found:
-        assert answer == {}
+        assert answer is None
         assert given[0] == 5
         assert any("no checkpoints: if this trial is interrupted, it begins anew" in line for line in said)
     assert newest(place, 2) is None
@@ -152,13 +153,13 @@ def test_a_state_that_cannot_be_told_ends_checkpoints_on_all_ranks_and_nothing_e
 
 def test_with_checkpoints_off_nobody_asks_nobody_saves_and_a_notice_changes_nothing(place: Path) -> None:
     found: list[Came] = together(place, 2, trained, place, {(0, 4): [LEAVE]}, "off")
-    assert [(answer, given) for answer, given, _, _ in found] == [({}, []), ({}, [])]
+    assert [(answer, given) for answer, given, _, _ in found] == [(None, []), (None, [])]
 
 
-def apart(party: Party) -> str:
+def apart(party: RankContext) -> str:
     """Ranks that come to a safe point from different steps."""
     checkpoints = Checkpoints(Path("/nowhere"), Identity(sweep="s", trial=0, world_size=2), WRITER)
-    keeper = Concord(checkpoints, Checkpoint(every="1h"), party)
+    keeper = RankCheckpointManager(checkpoints, CheckpointOptions(every="1h"), party)
     keeper._agreement = Agreement(party, every_s=0.0)
     try:
         for step in range(5):

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sweeps import Clock
 
-from orchestrator.training.checkpoint.interval import MTBF_S, SHORTEST_S, Pace, interval_s, optimum_s
+from orchestrator.training.checkpoint.interval import MTBF_S, SHORTEST_S, SaveInterval, interval_s, optimum_s
 
 
-def saves(pace: Pace, clock: Clock, until_s: float, cost_s: float, whole_s: float, tick_s: float = 0.01) -> list[float]:
+def saves(
+    pace: SaveInterval, clock: Clock, until_s: float, cost_s: float, whole_s: float, tick_s: float = 0.01
+) -> list[float]:
     """When saves begin in a training of steps of `tick_s`, by the clock."""
     found, busy_until, step = [], 0.0, 0
     while clock.now < until_s:
@@ -59,13 +61,13 @@ def test_the_bounds_that_are_stated_hold(cost_s: float, whole_s: float, age_s: f
 
 def test_a_trial_of_a_second_never_saves() -> None:
     clock = Clock()
-    assert saves(Pace(clock=clock), clock, 1.0, 0.001, 0.01) == []
+    assert saves(SaveInterval(clock=clock), clock, 1.0, 0.001, 0.01) == []
 
 
 @pytest.mark.parametrize(("cost_s", "whole_s"), [(0.0002, 0.003), (0.003, 0.03), (0.02, 0.1), (0.05, 0.3)])
 def test_a_trial_of_a_minute_killed_once_keeps_most_of_its_work(cost_s: float, whole_s: float) -> None:
     clock = Clock()
-    begun = saves(Pace(clock=clock), clock, 60.0, cost_s, whole_s)
+    begun = saves(SaveInterval(clock=clock), clock, 60.0, cost_s, whole_s)
 
     def lost_s(killed_s: float) -> float:
         return killed_s - max((at for at in begun if at + whole_s <= killed_s), default=0.0)
@@ -78,23 +80,23 @@ def test_a_trial_of_a_minute_killed_once_keeps_most_of_its_work(cost_s: float, w
 
 def test_a_long_trial_saves_no_more_than_the_formula_says() -> None:
     clock = Clock()
-    begun = saves(Pace(clock=clock), clock, 3 * MTBF_S, 0.5, 1.0, tick_s=1.0)
+    begun = saves(SaveInterval(clock=clock), clock, 3 * MTBF_S, 0.5, 1.0, tick_s=1.0)
     assert begun[-1] - begun[-2] == pytest.approx(optimum_s(0.5, MTBF_S), abs=1.5)
 
 
 def test_seconds_and_steps_are_kept_as_given() -> None:
     clock = Clock()
-    pace = Pace(clock=clock, every_s=30.0)
+    pace = SaveInterval(clock=clock, every_s=30.0)
     begun = saves(pace, clock, 100.0, 1.0, 5.0)
     assert [round(at) for at in begun] == [30, 60, 90]
-    pace = Pace(clock=clock, every_steps=10)
+    pace = SaveInterval(clock=clock, every_steps=10)
     pace.resumed(5)
     assert [step for step in range(5, 40) if pace.due(step) and not pace.begun(step)] == [15, 25, 35]
     assert pace.interval_s is None
 
 
 def test_a_save_that_met_a_busy_moment_is_soon_forgotten() -> None:
-    pace = Pace(clock=Clock())
+    pace = SaveInterval(clock=Clock())
     found = []
     for whole_s in (4.0, 1.0, 4.0, 1.0):
         pace.measured(0.001, whole_s)
@@ -103,14 +105,14 @@ def test_a_save_that_met_a_busy_moment_is_soon_forgotten() -> None:
 
 
 def test_nothing_is_due_while_a_save_is_under_way() -> None:
-    pace = Pace(clock=Clock(), every_steps=1)
+    pace = SaveInterval(clock=Clock(), every_steps=1)
     assert not pace.due(5, busy=True)
     assert pace.due(5)
 
 
 def test_the_ranks_do_what_is_agreed() -> None:
     asked: list[bool] = []
-    pace = Pace(clock=Clock(), every_steps=1, agree=lambda own: asked.append(own) or False)  # type: ignore[func-returns-value]
+    pace = SaveInterval(clock=Clock(), every_steps=1, agree=lambda own: asked.append(own) or False)  # type: ignore[func-returns-value]
     assert not pace.due(1)
     assert not pace.due(1, busy=True)
     assert asked == [True, False]
@@ -119,9 +121,9 @@ def test_the_ranks_do_what_is_agreed() -> None:
 @pytest.mark.parametrize("given", [{"every_s": 0.0}, {"every_steps": -1}, {"mtbf_s": math.nan}])
 def test_what_is_not_above_zero_is_refused(given: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="above 0"):
-        Pace(clock=Clock(), **given)  # type: ignore[arg-type]
+        SaveInterval(clock=Clock(), **given)  # type: ignore[arg-type]
 
 
 def test_both_at_once_are_refused() -> None:
     with pytest.raises(ValueError, match="not both"):
-        Pace(clock=Clock(), every_s=1.0, every_steps=1)
+        SaveInterval(clock=Clock(), every_s=1.0, every_steps=1)

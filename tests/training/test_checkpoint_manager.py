@@ -10,9 +10,10 @@ import pytest
 import torch
 from sweeps import Clock, no_room_after
 
-from orchestrator.config.spec import Checkpoint
+from orchestrator.config.spec import CheckpointOptions
+from orchestrator.core.messages import AttemptEnded, Cause, Progress, Resumed
 from orchestrator.training.checkpoint.files import Checkpoints, Identity
-from orchestrator.training.checkpoint.manager import LEAVE, SAVE, STAY, Interrupted, Keeper, left
+from orchestrator.training.checkpoint.manager import LEAVE, SAVE, STAY, CheckpointManager, Interrupted, left
 from orchestrator.training.checkpoint.serialization import Tree
 
 WRITER = "0123456789abcdef" * 2
@@ -29,9 +30,9 @@ class Kept:
         self.waits = 0
         self.later: list[str] = []
         self.checkpoints = Checkpoints(folder, Identity(sweep="s", trial=0), WRITER, say=self.said.append)
-        self.keeper = Keeper(
+        self.keeper = CheckpointManager(
             self.checkpoints,
-            Checkpoint(every=every),
+            CheckpointOptions(every=every),
             hears=self._hears,
             tells=self.told.append,
             say=self.said.append,
@@ -74,9 +75,8 @@ def kept(tmp_path: Path) -> Iterator[Kept]:
 def test_who_is_asked_to_leave_is_saved_at_that_step(kept: Kept, words: list[str]) -> None:
     with pytest.raises(Interrupted) as interrupted:
         kept.look(7, *words)
-    assert interrupted.value.answer == left(7) == {
-        "end": "preempted", "detail": "saved at step 7, to go on later", "step": 7,
-    }  # fmt: skip
+    assert interrupted.value.answer == left(7)
+    assert left(7) == AttemptEnded(cause=Cause.PREEMPTED, detail="saved at step 7, to go on later", step=7)
     assert kept.steps == [7]
 
 
@@ -110,11 +110,11 @@ def test_where_the_trial_cannot_go_on_from_a_notice_waits_for_the_next_safe_poin
     assert kept.keeper.look_s == 0.0, "it looks again at once"
     with pytest.raises(Interrupted) as interrupted:
         kept.look(8)
-    assert interrupted.value.answer["step"] == 8
+    assert interrupted.value.answer.step == 8
 
 
 def test_before_the_first_step_there_is_nothing_to_save() -> None:
-    assert left(0)["detail"] == "left before its first step, to go on later"
+    assert left(0).detail == "left before its first step, to go on later"
 
 
 def test_with_checkpoints_off_a_notice_changes_nothing(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_with_checkpoints_off_a_notice_changes_nothing(tmp_path: Path) -> None:
     kept.look(7, LEAVE)
     assert not kept.keeper.has_saved
     assert kept.keeper.newest() is None
-    assert kept.told == [{"resumed": 0}]
+    assert kept.told == [Resumed(step=0)]
     assert kept.said == ["--- begins anew: no checkpoint was left"]
 
 
@@ -149,7 +149,7 @@ def test_a_clock_is_looked_at_only_when_something_may_be_due(kept: Kept) -> None
     assert kept.keeper.look_s == 1.0, "when it next tells where it is"
     kept.clock.now = 1.5
     kept.look(20)
-    assert kept.told == [{"at": {"step": 20, "saved": None}}]
+    assert kept.told == [Progress(step=20, saved=None)]
     assert kept.keeper.look_s == 2.5
 
 
@@ -161,9 +161,9 @@ def test_where_it_is_is_told_with_the_last_step_that_is_saved(kept: Kept) -> Non
     kept.clock.now = 10.0
     kept.look(8)
     assert kept.told == [
-        {"resumed": 5},
-        {"at": {"step": 6, "saved": 5}},
-        {"at": {"step": 8, "saved": 7}},
+        Resumed(step=5),
+        Progress(step=6, saved=5),
+        Progress(step=8, saved=7),
     ]
     assert kept.said[0] == "--- goes on from step 5"
 
@@ -178,7 +178,7 @@ def test_fault_18_without_room_who_is_to_leave_says_so_and_who_may_stay_goes_on(
             kept.look(step, SAVE, STAY)
         with pytest.raises(Interrupted) as interrupted:
             kept.look(3, LEAVE)
-    assert "can't be written: File too large" in str(interrupted.value.answer["broken"])
+    assert "can't be written: File too large" in str(interrupted.value.answer.reason)
     [said] = kept.said
     assert said.startswith("--- a checkpoint could not be written, and the trial goes on: "), "it is said once"
     kept.clock.now += 60.0
@@ -193,7 +193,7 @@ def test_who_finds_its_folder_gone_stops_quietly(kept: Kept) -> None:
     kept.checkpoints.folder.rmdir()
     with pytest.raises(Interrupted) as interrupted:
         kept.look(2, LEAVE)
-    assert "has vanished: someone else has finished this trial" in str(interrupted.value.answer["gone"])
+    assert "has vanished: someone else has finished this trial" in str(interrupted.value.answer.reason)
 
 
 def test_a_state_that_cannot_be_told_ends_checkpoints_and_not_the_trial(kept: Kept) -> None:
@@ -214,8 +214,8 @@ def test_a_warning_is_said_once(kept: Kept) -> None:
 
 def test_what_other_ranks_have_written_is_refused_with_the_reason(kept: Kept) -> None:
     other = Checkpoints(kept.checkpoints.folder, Identity(sweep="s", trial=0, world_size=2), WRITER)
-    keeper = Keeper(other, Checkpoint(every="1h"), hears=lambda: [SAVE, STAY])
+    keeper = CheckpointManager(other, CheckpointOptions(every="1h"), hears=lambda: [SAVE, STAY])
     keeper.look(5, 0, lambda: {"step": 5})
     with pytest.raises(Interrupted) as interrupted:
         kept.keeper.newest()
-    assert "is of 2 ranks and can't be resumed with 1" in cast(str, interrupted.value.answer["broken"])
+    assert "is of 2 ranks and can't be resumed with 1" in cast(str, interrupted.value.answer.reason)

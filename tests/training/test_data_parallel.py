@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from orchestrator.distributed.rendezvous import Party
-from orchestrator.training.data_parallel import NoGradient, Part, Portion, Replica, wrapped
+from orchestrator.distributed.rendezvous import RankContext
+from orchestrator.training.data_parallel import MicroBatch, NoGradient, Replica, Shard, wrapped
 
 NUM = 50
 BATCH = 16
@@ -69,33 +69,35 @@ def order(epoch: int) -> torch.Tensor:
 
 
 def steps(
-    replica: Replica, opt: torch.optim.Optimizer, party: Party, first: int, last: int, *, portions: int = 1
+    replica: Replica, opt: torch.optim.Optimizer, party: RankContext, first: int, last: int, *, micro_batches: int = 1
 ) -> None:
     """The steps from `first` to before `last` of epochs of four batches."""
     x, y = data()
     for step in range(first, last):
         batch = order(step // 4)[step % 4 * BATCH :][:BATCH]
-        part = Part.of(len(batch), party.rank, party.world_size)
+        part = Shard.of(len(batch), party.rank, party.world_size)
         mine = batch[part.first : part.last]
         opt.zero_grad()
-        cut = mine.chunk(min(portions, len(mine)))
-        replica.gradients(loss, [Portion((x[c], y[c]), len(c) if part.num else 0) for c in cut], len(batch))
+        cut = mine.chunk(min(micro_batches, len(mine)))
+        replica.gradients(loss, [MicroBatch((x[c], y[c]), len(c) if part.num else 0) for c in cut], len(batch))
         opt.step()
 
 
-def train(party: Party, num_steps: int, portions: int = 1, build: Callable[[int], nn.Module] = plain) -> list[float]:
+def train(
+    party: RankContext, num_steps: int, micro_batches: int = 1, build: Callable[[int], nn.Module] = plain
+) -> list[float]:
     """All weights after so many steps; ranks begin with different ones."""
     net = build(party.rank)
     replica = Replica(net, party, bucket_mb=SMALL_MB)
     opt = sgd(net)
-    steps(replica, opt, party, 0, num_steps, portions=portions)
+    steps(replica, opt, party, 0, num_steps, micro_batches=micro_batches)
     return torch.nn.utils.parameters_to_vector(net.parameters()).tolist()
 
 
-@pytest.mark.parametrize(("world_size", "portions"), [(2, 1), (3, 1), (4, 1), (2, 3), (3, 2)])
-def test_ranks_follow_one_process_on_the_same_batches(place: Path, world_size: int, portions: int) -> None:
-    alone = torch.tensor(train(Party.alone(), 12))
-    found = torch.tensor(together(place, world_size, train, 12, portions))
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (3, 1), (4, 1), (2, 3), (3, 2)])
+def test_ranks_follow_one_process_on_the_same_batches(place: Path, world_size: int, micro_batches: int) -> None:
+    alone = torch.tensor(train(RankContext.alone(), 12))
+    found = torch.tensor(together(place, world_size, train, 12, micro_batches))
     assert (found == found[0]).all()
     # Twelve steps with uneven last batches: what is left is the rounding of float32 sums in another order.
     torch.testing.assert_close(found[0], alone, rtol=1e-4, atol=2e-6)
@@ -109,10 +111,10 @@ def test_one_process_does_what_a_plain_loop_does_bit_for_bit() -> None:
         opt.zero_grad()
         F.cross_entropy(net(x[batch]), y[batch]).backward()
         opt.step()
-    assert train(Party.alone(), 6) == torch.nn.utils.parameters_to_vector(net.parameters()).tolist()
+    assert train(RankContext.alone(), 6) == torch.nn.utils.parameters_to_vector(net.parameters()).tolist()
 
 
-def own_loop(party: Party, num_steps: int, stop: int) -> tuple[str, str]:
+def own_loop(party: RankContext, num_steps: int, stop: int) -> tuple[str, str]:
     """The state after a loop with a backward of its own, undisturbed and wrapped anew after `stop` steps."""
     digests = []
     for stops in ((), (stop,)):
@@ -123,7 +125,7 @@ def own_loop(party: Party, num_steps: int, stop: int) -> tuple[str, str]:
             if step in stops:
                 model = wrapped(net, party, bucket_mb=SMALL_MB)
             batch = order(step // 3)[step % 3 * BATCH :][:BATCH]
-            part = Part.of(len(batch), party.rank, party.world_size)
+            part = Shard.of(len(batch), party.rank, party.world_size)
             mine = batch[part.first : part.last]
             opt.zero_grad()
             F.cross_entropy(model(x[mine]), y[mine]).backward()
@@ -140,7 +142,7 @@ def test_a_loop_of_one_s_own_trains_as_one_and_goes_on_with_the_same_bits(place:
 
 def test_alone_a_network_stays_itself() -> None:
     net = plain(0)
-    assert wrapped(net, Party.alone()) is net
+    assert wrapped(net, RankContext.alone()) is net
 
 
 # Resume
@@ -152,7 +154,7 @@ def generators(state: torch.Tensor | None = None) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def resumed(party: Party, stop: int, num_steps: int) -> tuple[str, str]:
+def resumed(party: RankContext, stop: int, num_steps: int) -> tuple[str, str]:
     """The state after `num_steps`, undisturbed and stopped after `stop`, with everything saved and built anew."""
     net = mlp(0)
     opt = sgd(net)
@@ -181,7 +183,7 @@ def test_a_resume_in_mid_epoch_ends_with_the_bits_of_an_undisturbed_run(
     assert len({one for pair in found for one in pair}) == 1
 
 
-def layouts(party: Party) -> list[list[int]]:
+def layouts(party: RankContext) -> list[list[int]]:
     """The sizes of the buckets before the first step and after it."""
     net = plain(0)
     replica = Replica(net, party, bucket_mb=SMALL_MB)
@@ -218,7 +220,7 @@ class Noisy(nn.Module):
         return self.used(x)
 
 
-def untouched(party: Party) -> bool:
+def untouched(party: RankContext) -> bool:
     net = Noisy()
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, 2.0)
@@ -232,7 +234,7 @@ def test_gradients_buffers_and_generators_stay_as_they_were(place: Path) -> None
     assert together(place, 2, untouched) == [True, True]
 
 
-def start(party: Party) -> tuple[str, list[str]]:
+def start(party: RankContext) -> tuple[str, list[str]]:
     torch.manual_seed(party.rank)
     net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     net[1].running_mean += party.rank
@@ -249,14 +251,14 @@ def test_rank_0_s_weights_and_buffers_are_everyones_under_the_names_of_one_proce
 # Parameters without gradient
 
 
-def leaves_out(party: Party) -> tuple[float, bool, bool]:
+def leaves_out(party: RankContext) -> tuple[float, bool, bool]:
     net = Noisy()
     replica = Replica(net, party)
     x, y = data()
     for step in range(3):
         for parameter in net.parameters():
             parameter.grad = None
-        replica.gradients(loss, [Portion((x[step::9], y[step::9]), len(x[step::9]))])
+        replica.gradients(loss, [MicroBatch((x[step::9], y[step::9]), len(x[step::9]))])
     return float(net.count), net.spare.weight.grad is None, bool(net.used.weight.grad.any())
 
 
@@ -264,7 +266,7 @@ def test_a_parameter_that_the_loss_leaves_out_is_left_out(place: Path) -> None:
     assert together(place, 2, leaves_out) == [(3.0, True, True)] * 2
 
 
-def drawn(party: Party) -> tuple[list[float], list[float]]:
+def drawn(party: RankContext) -> tuple[list[float], list[float]]:
     """What follows from the generator after the first step, with a parameter left out and without one."""
     found = []
     for spare in (True, False):
@@ -273,7 +275,7 @@ def drawn(party: Party) -> tuple[list[float], list[float]]:
             del net.spare
         replica = Replica(net, party)
         torch.manual_seed(3)
-        replica.gradients(loss, [Portion(data(), NUM)], 2 * NUM)
+        replica.gradients(loss, [MicroBatch(data(), NUM)], 2 * NUM)
         found.append(torch.rand(3).tolist())
     return found[0], found[1]
 
@@ -283,16 +285,16 @@ def test_looking_for_such_parameters_takes_no_random_numbers(place: Path) -> Non
         assert with_spare == without
 
 
-def sometimes(party: Party) -> None:
+def sometimes(party: RankContext) -> None:
     net = Noisy()
     replica = Replica(net, party)
 
     def all_used(net: nn.Module, batch: Any) -> torch.Tensor:
         return loss(net, batch) + loss(net.spare, batch)
 
-    replica.gradients(all_used, [Portion(data(), NUM)], 2 * NUM)
+    replica.gradients(all_used, [MicroBatch(data(), NUM)], 2 * NUM)
     net.zero_grad()
-    replica.gradients(loss, [Portion(data(), NUM)], 2 * NUM)
+    replica.gradients(loss, [MicroBatch(data(), NUM)], 2 * NUM)
 
 
 def test_a_parameter_that_loses_its_gradient_later_is_named(place: Path) -> None:
@@ -300,12 +302,12 @@ def test_a_parameter_that_loses_its_gradient_later_is_named(place: Path) -> None
         assert text.startswith(f"{NoGradient.__name__}: the loss gave spare.weight no gradient on rank {rank}, though")
 
 
-def by_other_names(party: Party) -> bool:
+def by_other_names(party: RankContext) -> bool:
     net = Noisy()
     del net.spare
     replica = Replica(net, party)
     x, _ = data()
-    replica.gradients(lambda net, batch: net.encode(batch).sum(1), [Portion(x + party.rank, NUM)], 2 * NUM)
+    replica.gradients(lambda net, batch: net.encode(batch).sum(1), [MicroBatch(x + party.rank, NUM)], 2 * NUM)
     return torch.allclose(net.used.weight.grad[0], (x + 0.5).mean(0), atol=1e-6)
 
 
@@ -313,7 +315,7 @@ def test_a_loss_may_use_any_method_of_the_network(place: Path) -> None:
     assert together(place, 2, by_other_names) == [True, True]
 
 
-def thawed(party: Party) -> list[float]:
+def thawed(party: RankContext) -> list[float]:
     net = plain(0)
     replica, opt = Replica(net, party, bucket_mb=SMALL_MB), sgd(net)
     for parameter in net[0].parameters():
@@ -328,10 +330,10 @@ def thawed(party: Party) -> list[float]:
 def test_parameters_may_be_frozen_and_released_on_the_way(place: Path) -> None:
     found = torch.tensor(together(place, 3, thawed))
     assert (found == found[0]).all()
-    torch.testing.assert_close(found[0], torch.tensor(thawed(Party.alone())), rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(found[0], torch.tensor(thawed(RankContext.alone())), rtol=1e-4, atol=2e-6)
 
 
-def sparse(party: Party) -> None:
+def sparse(party: RankContext) -> None:
     Replica(nn.Sequential(nn.Embedding(3, 2, sparse=True)), party)
 
 
@@ -347,7 +349,7 @@ def test_sparse_gradients_are_refused_by_name(place: Path) -> None:
 
 @given(num=st.integers(1, 200), world_size=st.integers(1, 20))
 def test_parts_are_contiguous_even_and_whole(num: int, world_size: int) -> None:
-    parts = [Part.of(num, rank, world_size) for rank in range(world_size)]
+    parts = [Shard.of(num, rank, world_size) for rank in range(world_size)]
     dealt = [index for part in parts if part.num for index in range(part.first, part.last)]
     assert dealt == list(range(num))
     assert max(part.num for part in parts) - min(part.num for part in parts) <= 1

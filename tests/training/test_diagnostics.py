@@ -19,7 +19,7 @@ from torch import nn
 import orchestrator as orc
 from orchestrator.config.plan import SweepPlan
 from orchestrator.config.spec import Metric
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.results import curves
 from orchestrator.training import precision
 from orchestrator.training.diagnostics.diagnostics import Wanted, Watch, line
@@ -61,7 +61,7 @@ def losses(net: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
 def trained(
     watched: dict[str, Any] | None,
     kind: str = "",
-    party: Party | None = None,
+    party: RankContext | None = None,
     *,
     epochs: int = 2,
     given: Callable[..., Any] = losses,
@@ -98,7 +98,7 @@ ALL = {"curvature": 6}
 
 
 @pytest.mark.parametrize("kind", ["norm", "dropout"])
-@pytest.mark.parametrize("options", [{}, {"portions": 3, "clip_norm": 0.1}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"micro_batches": 3, "clip_norm": 0.1}, {"precision": "bf16"}], ids=str)
 @pytest.mark.parametrize("every", [None, 1, 4])
 def test_a_trial_that_is_watched_has_the_bits_of_one_that_is_not(
     kind: str, options: dict[str, Any], every: int | None
@@ -284,7 +284,7 @@ def test_a_loop_of_one_s_own_has_what_is_not_of_steps() -> None:
     reports: list[Any] = []
     trial = Trial(index=0, params={}, seed=7, metric=Metric(), emit=reports.append, device=CPU)
     state = build()
-    trial.keep(net=state.net, opt=state.opt)
+    trial.prepare(net=state.net, opt=state.opt)
     trial.watch()
     for _ in trial.epochs(2):
         for _ in trial.batches((X, Y), 16):
@@ -296,7 +296,7 @@ def test_a_loop_of_one_s_own_has_what_is_not_of_steps() -> None:
 # Ranks
 
 
-def of_ranks(party: Party, watched: dict[str, Any] | None, kind: str, options: dict[str, Any]) -> Any:
+def of_ranks(party: RankContext, watched: dict[str, Any] | None, kind: str, options: dict[str, Any]) -> Any:
     trial, reports = trained(watched, kind, party, **options)
     momenta = image(trial)[2:]
     weights = nn.utils.parameters_to_vector(trial.net.parameters()).tolist()
@@ -313,11 +313,11 @@ def test_ranks_that_are_watched_have_the_bits_of_ranks_that_are_not(place: Path,
     assert [one for one in reports[0] if "val_loss" in one["metrics"]] == plain[0][0]
 
 
-@pytest.mark.parametrize(("world_size", "portions"), [(2, 1), (3, 2), (5, 1)])
-def test_ranks_report_what_one_process_does(place: Path, world_size: int, portions: int) -> None:
+@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (3, 2), (5, 1)])
+def test_ranks_report_what_one_process_does(place: Path, world_size: int, micro_batches: int) -> None:
     watched = {**ALL, "throughput": False}
     # The last batch has 12 samples: of 5 ranks, some have more than others.
-    found = together(place, world_size, of_ranks, watched, "", {"portions": portions})
+    found = together(place, world_size, of_ranks, watched, "", {"micro_batches": micro_batches})
     _, wanted = trained(watched)
     assert len(wanted) == len(found[0][0]) == 4
     for one, other in zip(found[0][0], wanted, strict=True):
@@ -326,7 +326,7 @@ def test_ranks_report_what_one_process_does(place: Path, world_size: int, portio
             assert one["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
-def late(party: Party, told: Path, steps: int, wait_s: float) -> tuple[float, float]:
+def late(party: RankContext, told: Path, steps: int, wait_s: float) -> tuple[float, float]:
     """How long a rank has waited, and the share that it reports; rank 1 is late.
 
     It begins its forward only once rank 0's backward has done its part.

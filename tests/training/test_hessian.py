@@ -140,7 +140,7 @@ def test_it_is_the_largest_and_not_that_of_the_largest_size(curves: list[float],
 def test_portions_add_up_to_the_whole(kind: str) -> None:
     net = net_of(kind)
     parts = [((X[:3], Y[:3]), 0.3), ((X[3:4], Y[3:4]), 0.1), ((X[4:], Y[4:]), 0.6)]
-    one, several = (Hessian(loss, net, portions) for portions in ([((X, Y), 1.0)], parts))
+    one, several = (Hessian(loss, net, micro_batches) for micro_batches in ([((X, Y), 1.0)], parts))
     torch.testing.assert_close(several.times(direction(one.size)), one.times(direction(one.size)))
     assert several.largest().value == pytest.approx(one.largest().value)
 

@@ -19,14 +19,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import orchestrator as orc
-from orchestrator.config.spec import Checkpoint, Metric
-from orchestrator.distributed.control_group import Group
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.config.spec import CheckpointOptions, Metric
+from orchestrator.distributed.control_group import ControlGroup
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.training.augment import keys_of
 from orchestrator.training.checkpoint.files import Checkpoints, Identity
-from orchestrator.training.checkpoint.manager import LEAVE, Interrupted, Keeper
+from orchestrator.training.checkpoint.manager import LEAVE, CheckpointManager, Interrupted
 from orchestrator.training.data import dataset
-from orchestrator.training.team import Team
+from orchestrator.training.team import TrialRanks
 from orchestrator.training.trial import Result, Trial, stream
 
 CPU = torch.device("cpu")
@@ -132,13 +132,15 @@ def test_a_key_finds_its_place_in_any_kind_of_sample() -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("loaders", [0, 2])
-def test_each_rank_s_part_has_the_same_keys_and_augmentation(world_size: int, loaders: int) -> None:
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_rank_s_part_has_the_same_keys_and_augmentation(world_size: int, num_workers: int) -> None:
     order = torch.randperm(len(X))
-    prepared = dataset.prepared((X, Y), 5, augment=jittered, keyed=True, loaders=loaders)
+    prepared = dataset.prepared((X, Y), 5, augment=jittered, keyed=True, num_workers=num_workers)
     whole = list(dataset.batches(dataset.prepared((X, Y), 5, augment=jittered, keyed=True), order, 5, len(X), CPU))
     for rank in range(world_size):
-        team = Team(Party(group=Group(rank=rank, world_size=world_size, process_group=None)), partial(stream, 5))
+        team = TrialRanks(
+            RankContext(group=ControlGroup(rank=rank, world_size=world_size, process_group=None)), partial(stream, 5)
+        )
         mine = list(team.batches(prepared, order, 5, len(X), CPU))
         assert by_sample(mine).items() <= by_sample(whole).items()
         assert by_sample(mine, 2).items() <= by_sample(whole, 2).items()
@@ -153,7 +155,7 @@ def test_augmentation_depends_on_neither_order_nor_loaders_and_leaves_the_sample
     first, second = epochs(trial(), samples, augment=jittered)
     wanted = by_sample(first)
     assert by_sample(epochs(trial(), samples, num=1, augment=jittered, shuffle=False)[0]) == wanted
-    assert [by_sample(one) for one in epochs(trial(), samples, num=1, augment=jittered, loaders=2)] == [wanted]
+    assert [by_sample(one) for one in epochs(trial(), samples, num=1, augment=jittered, num_workers=2)] == [wanted]
     assert by_sample(second) != wanted
     assert len({row[0] - 2 * index for index, row in wanted.items()}) == len(X)
     assert torch.equal(X, before)
@@ -161,7 +163,7 @@ def test_augmentation_depends_on_neither_order_nor_loaders_and_leaves_the_sample
 
 def test_a_data_set_that_draws_numbers_gives_the_same_whatever_loader_reads_it() -> None:
     state = torch.get_rng_state()
-    two, three = (epochs(trial(), Noisy(), num=1, loaders=loaders)[0] for loaders in (2, 3))
+    two, three = (epochs(trial(), Noisy(), num=1, num_workers=loaders)[0] for loaders in (2, 3))
     assert torch.equal(torch.get_rng_state(), state)  # what a trial resumes is left as it was
     assert [by_sample(one, 2) for one in (two,)] == [by_sample(three, 2)]
     pids = {int(pid) for batch in three for pid in batch[3]}
@@ -192,7 +194,7 @@ def thrown(batches: Iterator[Any]) -> None:
 @pytest.mark.parametrize("end", [ended, left, thrown])
 def test_loaders_are_gone_when_the_loop_ends_however_it_ends(end: Callable[[Iterator[Any]], None]) -> None:
     before = {child.pid for child in multiprocessing.active_children()}
-    batches = trial().batches(Noisy(), 5, loaders=2)
+    batches = trial().batches(Noisy(), 5, num_workers=2)
     pids = readers(batches) - before
     assert len(pids) == 2
     end(batches)
@@ -209,13 +211,13 @@ class Broken(Noisy):
 def test_an_error_in_a_loader_is_told_and_ends_all_of_them() -> None:
     before = multiprocessing.active_children()
     with pytest.raises(ZeroDivisionError, match="sample 11"):
-        list(trial().batches(Broken(), 5, loaders=2))
+        list(trial().batches(Broken(), 5, num_workers=2))
     assert multiprocessing.active_children() == before
 
 
 def test_a_notice_leaves_loaders_to_who_trains() -> None:
     before = {child.pid for child in multiprocessing.active_children()}
-    batches = trial().batches(Noisy(), 5, shuffle=False, loaders=2)
+    batches = trial().batches(Noisy(), 5, shuffle=False, num_workers=2)
     for pid in readers(batches) - before:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             os.kill(pid, number)
@@ -227,7 +229,7 @@ def test_loaders_end_with_who_trains_even_if_that_is_killed(tmp_path: Path) -> N
     pid = os.fork()
     if not pid:
         with contextlib.suppress(BaseException):
-            batches = trial().batches(Noisy(), 5, loaders=2)
+            batches = trial().batches(Noisy(), 5, num_workers=2)
             found = readers(batches) - before
             (tmp_path / "new").write_text(" ".join(map(str, found)))
             (tmp_path / "new").rename(tmp_path / "pids")
@@ -241,15 +243,17 @@ def test_loaders_end_with_who_trains_even_if_that_is_killed(tmp_path: Path) -> N
     until(lambda: all(map(is_gone, pids)))
 
 
-@pytest.mark.parametrize("option", [{"keyed": True}, {"loaders": 1}, {"augment": jittered}, {"weights": [1.0] * 23}])
+@pytest.mark.parametrize(
+    "option", [{"keyed": True}, {"num_workers": 1}, {"augment": jittered}, {"weights": [1.0] * 23}]
+)
 def test_a_dataloader_has_its_own_ways(option: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="a DataLoader has its own order and samples"):
         trial().batches(DataLoader(TensorDataset(X, Y)), **option)
 
 
 def test_a_negative_number_of_loaders_is_told() -> None:
-    with pytest.raises(ValueError, match="loaders is a number of processes, at least 0, found -1"):
-        list(trial().batches((X, Y), loaders=-1))
+    with pytest.raises(ValueError, match="num_workers is a number of processes, at least 0, found -1"):
+        list(trial().batches((X, Y), num_workers=-1))
 
 
 # Resuming
@@ -277,7 +281,7 @@ def attempt(folder: Path, job: Callable[[Trial], None], number: int, leave_after
     hears = iter([[]] * leave_after)
     torch.manual_seed(3)
     checkpoints = Checkpoints(folder, Identity(sweep="s", trial=0), "a" * 32)
-    keeper = Keeper(checkpoints, Checkpoint(every="1 steps"), hears=lambda: next(hears, [LEAVE]))
+    keeper = CheckpointManager(checkpoints, CheckpointOptions(every="1 steps"), hears=lambda: next(hears, [LEAVE]))
     try:
         of = trial(keeper=keeper, attempt=number, found=keeper.newest() if number else None)
         job(of)
@@ -293,8 +297,8 @@ RESUMED = {
     "without replacement": ({"weights": Y % 4 + 0.0, "replacement": False}, (X, Y)),
     "augmented": ({"augment": jittered}, (X, Y)),
     "keyed": ({"keyed": True}, (X, Y)),
-    "loaders": ({"loaders": 2}, Noisy()),
-    "all": ({"loaders": 1, "weights": Y + 1.0, "augment": jittered, "keyed": True, "drop_last": True}, Noisy()),
+    "loaders": ({"num_workers": 2}, Noisy()),
+    "all": ({"num_workers": 1, "weights": Y + 1.0, "augment": jittered, "keyed": True, "drop_last": True}, Noisy()),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.training.resume import Astray, Course, Loop, Place
+from orchestrator.training.resume import Astray, Loop, LoopReplay, Place
 
 
 class Job:
@@ -18,7 +18,7 @@ class Job:
 
     def __init__(self, place: Place | None = None, *, steps: int = 0, stop_at: int | None = None) -> None:
         self.steps = steps
-        self.course = Course(lambda: self.steps, place)
+        self.course = LoopReplay(lambda: self.steps, place)
         self.stop_at = stop_at
         self.num_safe = 0
         self.log: list[object] = []

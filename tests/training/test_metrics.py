@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.config.spec import Metric
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.stats.summary import Summary
 from orchestrator.training import losses, metrics
 from orchestrator.training.trial import Trial
@@ -152,7 +152,7 @@ DERIVED: dict[str, metrics.Derived] = {
 }
 
 
-def trial(metric: str = "val_loss", party: Party | None = None) -> Trial:
+def trial(metric: str = "val_loss", party: RankContext | None = None) -> Trial:
     found = Trial(
         index=0,
         params={},
@@ -163,11 +163,11 @@ def trial(metric: str = "val_loss", party: Party | None = None) -> Trial:
         party=party,
     )
     torch.manual_seed(1)
-    found.keep(net=torch.nn.Linear(1, 3))
+    found.prepare(net=torch.nn.Linear(1, 3))
     return found
 
 
-def validated(party: Party | None) -> tuple[dict[str, str], dict[str, str], list[str]]:
+def validated(party: RankContext | None) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """What is reported with and without weights, bit for bit, and the names of what is folded."""
     one = trial(party=party)
     plain = one.validate(values, (X, LABELS, TARGETS), batch_size=5, derived=DERIVED)

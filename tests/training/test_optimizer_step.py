@@ -1,4 +1,4 @@
-"""What an optimizer step is made of: portions, precision, the gradients' norm, schedules; alone and over ranks."""
+"""What an optimizer step is made of: micro_batches, precision, the gradients' norm, schedules; alone and over ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 import orchestrator as orc
 from orchestrator.config.spec import Metric
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.training import precision
 from orchestrator.training.data import dataset
 from orchestrator.training.precision import Precision
@@ -23,7 +23,7 @@ from orchestrator.training.trial import Trial
 CPU = torch.device("cpu")
 
 
-def trial(party: Party | None = None) -> Trial:
+def trial(party: RankContext | None = None) -> Trial:
     return Trial(index=0, params={}, seed=7, metric=Metric(), emit=lambda _: None, device=CPU, party=party)
 
 
@@ -78,13 +78,13 @@ def fp16_here(monkeypatch: pytest.MonkeyPatch) -> None:
 # Portions
 
 
-@pytest.mark.parametrize("portions", [2, 3, 7, 44, 1000])
-def test_the_portions_of_a_batch_add_up_to_the_whole(portions: int) -> None:
+@pytest.mark.parametrize("micro_batches", [2, 3, 7, 44, 1000])
+def test_the_portions_of_a_batch_add_up_to_the_whole(micro_batches: int) -> None:
     whole, cut = fresh(), fresh()
     for one in (whole, cut):
         one.net.double()
     batch = (X.double(), Y.double())
-    means = [float(whole.step(losses, batch)), float(cut.step(losses, batch, portions=portions))]
+    means = [float(whole.step(losses, batch)), float(cut.step(losses, batch, micro_batches=micro_batches))]
     torch.testing.assert_close(weights(cut), weights(whole), rtol=1e-12, atol=1e-14)
     assert means[0] == pytest.approx(means[1], rel=1e-12)
     assert cut.num_steps == 1
@@ -97,17 +97,17 @@ def test_each_portion_passes_through_the_network_by_itself() -> None:
         seen.append(len(batch["x"]))
         return losses(net, (batch["x"], batch["rest"][0]))["loss"]
 
-    fresh().step(noted, {"x": X, "rest": [Y]}, portions=3)
+    fresh().step(noted, {"x": X, "rest": [Y]}, micro_batches=3)
     assert seen == [15, 15, 14]
 
 
 @pytest.mark.parametrize(
     ("batch", "options", "error", "text"),
     [
-        ((X, ["a"] * 44), {"portions": 2}, TypeError, "a batch of 44 samples .* found 'a'"),
-        ((X, torch.tensor(3)), {"portions": 2}, TypeError, r"found a tensor of shape \(\)"),
-        ((X, Y[:9]), {"portions": 2}, TypeError, r"found a tensor of shape \(9, 1\)"),
-        ((X, Y), {"portions": 0}, ValueError, "at least 1, not 0"),
+        ((X, ["a"] * 44), {"micro_batches": 2}, TypeError, "a batch of 44 samples .* found 'a'"),
+        ((X, torch.tensor(3)), {"micro_batches": 2}, TypeError, r"found a tensor of shape \(\)"),
+        ((X, Y[:9]), {"micro_batches": 2}, TypeError, r"found a tensor of shape \(9, 1\)"),
+        ((X, Y), {"micro_batches": 0}, ValueError, "at least 1, not 0"),
         ((X, Y), {"clip_norm": 0.0}, ValueError, "a positive number, not 0.0"),
         ((X, Y), {"clip_norm": float("nan")}, ValueError, "a positive number, not nan"),
     ],
@@ -193,7 +193,7 @@ def test_a_step_that_overflows_in_fp16_changes_nothing_and_the_next_one_is_scale
 def test_the_norm_is_that_of_the_gradients_themselves_not_of_the_scaled_ones() -> None:
     found = fresh(precision="fp16")
     before = weights(found)
-    found.step(losses, (X, Y), clip_norm=1e-3, portions=2)
+    found.step(losses, (X, Y), clip_norm=1e-3, micro_batches=2)
     assert float((weights(found) - before).norm()) == pytest.approx(1e-4, rel=1e-2)
 
 
@@ -220,7 +220,7 @@ def test_schedules_step_with_the_optimizer_and_with_the_epochs() -> None:
     each_step = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
     each_epoch = torch.optim.lr_scheduler.StepLR(opt, 1, 0.5)
     found = trial()
-    found.keep(net=net, opt=opt, each_step=each_step, each_epoch=each_epoch)
+    found.prepare(net=net, opt=opt, each_step=each_step, each_epoch=each_epoch)
     for epoch in found.epochs(3):
         for batch in found.batches((X, Y), 22):
             found.step(losses, batch)
@@ -251,7 +251,7 @@ def all_at_once(name: str) -> Callable[[Trial], None]:
         state = trial.build(build, precision=name)
         for _ in trial.epochs(2):
             for batch in trial.batches((X, Y), 22):
-                trial.step(losses, batch, portions=3, clip_norm=0.5)
+                trial.step(losses, batch, micro_batches=3, clip_norm=0.5)
             trial.validate(losses, (X, Y))
         if name == "fp16":  # the first one overflowed
             assert 1.0 < state.others["scaler"].get_scale() < 2.0**16  # type: ignore[attr-defined]
@@ -268,24 +268,26 @@ def test_a_trial_of_such_steps_goes_on_with_the_bits_of_an_undisturbed_one(tmp_p
 # Ranks
 
 
-def trained(party: Party, kind: str = "", portions: int = 1, name: str = "float32") -> list[float]:
+def trained(party: RankContext, kind: str = "", micro_batches: int = 1, name: str = "float32") -> list[float]:
     """The weights after two epochs, of which the last batch is uneven."""
     found = trial(party)
     found.build(lambda: build(kind), precision=name)
     for _ in found.epochs(2):
         for batch in found.batches((X, Y), 13):
-            found.step(losses, batch, portions=portions, clip_norm=0.3)
+            found.step(losses, batch, micro_batches=micro_batches, clip_norm=0.3)
     return weights(found).tolist()  # type: ignore[no-any-return]
 
 
 # Eight steps. In float32 what is left is the rounding of sums in another order; a rank's part in bf16 is rounded as it
 # would be in the whole batch, but the gradients of its weights are sums over fewer samples, rounded to 8 bits.
-@pytest.mark.parametrize(("world_size", "portions", "name"), [(2, 1, "float32"), (3, 2, "float32"), (2, 1, "bf16")])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batches", "name"), [(2, 1, "float32"), (3, 2, "float32"), (2, 1, "bf16")]
+)
 def test_ranks_follow_one_process_in_portions_and_with_a_norm(
-    place: Path, world_size: int, portions: int, name: str
+    place: Path, world_size: int, micro_batches: int, name: str
 ) -> None:
-    found = torch.tensor(together(place, world_size, trained, "", portions, name))
-    alone = torch.tensor(trained(Party.alone(), name=name))
+    found = torch.tensor(together(place, world_size, trained, "", micro_batches, name))
+    alone = torch.tensor(trained(RankContext.alone(), name=name))
     assert (found == found[0]).all()
     tolerance = {"float32": 2e-6, "bf16": 5e-3}[name]
     torch.testing.assert_close(found[0], alone, rtol=0, atol=tolerance)
@@ -294,8 +296,8 @@ def test_ranks_follow_one_process_in_portions_and_with_a_norm(
 def test_ranks_with_batch_norm_follow_one_process_that_takes_as_many_portions(place: Path) -> None:
     found = torch.tensor(together(place, 2, trained, "norm"))
     assert (found == found[0]).all()
-    torch.testing.assert_close(found[0], torch.tensor(trained(Party.alone(), "norm", 2)), rtol=0, atol=5e-6)
-    assert not torch.allclose(found[0], torch.tensor(trained(Party.alone(), "norm")), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found[0], torch.tensor(trained(RankContext.alone(), "norm", 2)), rtol=0, atol=5e-6)
+    assert not torch.allclose(found[0], torch.tensor(trained(RankContext.alone(), "norm")), rtol=0, atol=1e-3)
 
 
 # Compiled

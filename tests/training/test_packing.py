@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import orchestrator as orc
 from orchestrator.config.program import load_job
-from orchestrator.config.spec import Checkpoint, Metric
+from orchestrator.config.spec import CheckpointOptions, Metric
 from orchestrator.core.atomic import JsonObject
+from orchestrator.core.messages import AttemptEnded, Unable
 from orchestrator.results.objective import Diverged, NoResult
 from orchestrator.results.records import Status
 from orchestrator.training.checkpoint.files import Checkpoints, Identity
-from orchestrator.training.checkpoint.manager import LEAVE, Interrupted, Keeper
+from orchestrator.training.checkpoint.manager import LEAVE, CheckpointManager, Interrupted
 from orchestrator.training.packing.members import Each, PerMember, Unlike, Unpackable
 from orchestrator.training.packing.pack import Member, PackedTrial
 from orchestrator.training.trial import Result, Trial
@@ -230,7 +231,7 @@ JOBS: dict[str, Job] = {
     "plateau": plateau,
     "frozen": frozen,
     "clipped": lambda trial: usual(trial, clip_norm=0.3),
-    "portions": lambda trial: usual(trial, portions=3),
+    "micro_batches": lambda trial: usual(trial, micro_batches=3),
 }
 
 
@@ -582,8 +583,8 @@ def first(trial: Any) -> Any:
     [
         (lambda t: t.batches(Single(), 8), "data in memory.* was given a Single"),
         (lambda t: t.batches(DataLoader(Single())), "was given a DataLoader"),
-        (lambda t: t.batches((X, Y), 8, keyed=True), "augment, keyed or loaders"),
-        (lambda t: t.batches((X, Y), 8, augment=lambda s, g: s), "augment, keyed or loaders"),
+        (lambda t: t.batches((X, Y), 8, keyed=True), "augment, keyed or num_workers"),
+        (lambda t: t.batches((X, Y), 8, augment=lambda s, g: s), "augment, keyed or num_workers"),
         (lambda t: list(first(t)), "looks into a batch"),
         (lambda t: first(t)[0], "looks into a batch"),
         (lambda t: len(first(t)), "looks into a batch"),
@@ -593,7 +594,7 @@ def first(trial: Any) -> Any:
         (lambda t: t.report(val_loss=t.step(losses, (X, Y)).mean()), "put the values of several trials together"),
         (lambda t: t.seed, "uses trial.seed"),
         (lambda t: t.index, "uses trial.index"),
-        (lambda t: t.keep(net=net_of()), "needs trial.build"),
+        (lambda t: t.prepare(net=net_of()), "needs trial.build"),
         (lambda t: t.result(None), "a result for each member"),
         (lambda t: t.net.float(), "stays as it was built"),
         (lambda t: [*t.opt.param_groups], "uses a list in a way that is not possible"),
@@ -679,7 +680,7 @@ def test_another_architecture_is_refused() -> None:
     ("act", "error", "text"),
     [
         (lambda t: t.step(lambda n, b: {"far": n(b[0])}, (X, Y)), KeyError, 'must give "loss"'),
-        (lambda t: t.step(losses, (X, Y), portions=0), ValueError, "portions is"),
+        (lambda t: t.step(losses, (X, Y), micro_batches=0), ValueError, "micro_batches is"),
         (
             lambda t: t.step(lambda n, b: {"loss": n(b[0])[:, 0], "weight": b[1]}, (X, Y)),
             ValueError,
@@ -742,7 +743,7 @@ class Process:
 
         torch.manual_seed(99 + attempt)
         checkpoints = Checkpoints(self.folder, Identity(sweep="s", trial=0), WRITER)
-        keeper = Keeper(checkpoints, Checkpoint(every="1 steps"), hears=hears)
+        keeper = CheckpointManager(checkpoints, CheckpointOptions(every="1 steps"), hears=hears)
         try:
             pack = packed(self.job, self.params, keeper=keeper, found=keeper.newest() if attempt else None)
             return pack.results(None), lines(pack)
@@ -790,7 +791,8 @@ def test_a_pack_that_is_interrupted_anywhere_ends_with_the_same_bits(
         answer = process.run(0, places)
         if isinstance(answer, tuple):
             break
-        assert answer["end"] == "preempted"
+        assert isinstance(answer, AttemptEnded)
+        assert answer.cause == "preempted"
         found = process.run(1, sys.maxsize)
         assert isinstance(found, tuple), found
         assert found[0] == calm[0], places
@@ -802,10 +804,10 @@ def test_a_pack_that_is_interrupted_anywhere_ends_with_the_same_bits(
 
 def test_a_checkpoint_of_other_trials_is_told(tmp_path: Path) -> None:
     process = Process(tmp_path, simple, PARAMS)
-    assert isinstance(process.run(0, 2), dict)
+    assert isinstance(process.run(0, 2), AttemptEnded)
     process.params = PARAMS[:2]
     found = process.run(1, sys.maxsize)
-    assert isinstance(found, dict)
+    assert isinstance(found, AttemptEnded | Unable)
     assert "it holds torch.float64 of shape (3, 7, 6), and the job builds torch.float64 of shape (2, 7, 6)" in str(
         found
     )

@@ -15,11 +15,12 @@ from sweeps import no_room_after
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import orchestrator as orc
-from orchestrator.config.spec import Checkpoint, Metric
+from orchestrator.config.spec import CheckpointOptions, Metric
 from orchestrator.core.atomic import JsonObject
+from orchestrator.core.messages import AttemptEnded, Cause, Message, Resumed, Superseded, Unable
 from orchestrator.results.objective import Diverged
 from orchestrator.training.checkpoint.files import Checkpoints, Identity
-from orchestrator.training.checkpoint.manager import LEAVE, SAVE, STAY, Interrupted, Keeper
+from orchestrator.training.checkpoint.manager import LEAVE, SAVE, STAY, CheckpointManager, Interrupted, left
 from orchestrator.training.trial import Result, Trial, stream
 
 WRITER = "0123456789abcdef" * 2
@@ -51,9 +52,9 @@ class Process:
         self.hears = hears
         self.reports: list[JsonObject] = []
         self.said: list[str] = []
-        self.told: list[JsonObject] = []
+        self.told: list[Message] = []
 
-    def run(self, attempt: int = 0, leave_after: int | None = None) -> Result | JsonObject:
+    def run(self, attempt: int = 0, leave_after: int | None = None) -> Result | Message:
         """The result; what the attempt answers if it left."""
         left = [leave_after]
 
@@ -65,9 +66,9 @@ class Process:
 
         torch.manual_seed(stream(5, "global"))  # as a worker does before each trial
         checkpoints = Checkpoints(self.folder, Identity(sweep="s", trial=0), WRITER, say=self.said.append)
-        keeper = Keeper(
+        keeper = CheckpointManager(
             checkpoints,
-            Checkpoint(every=self.every),
+            CheckpointOptions(every=self.every),
             hears=hears,
             tells=self.told.append,
             say=self.said.append,
@@ -80,7 +81,7 @@ class Process:
         finally:
             keeper.close()
 
-    def _result(self, keeper: Keeper, attempt: int) -> Result:
+    def _result(self, keeper: CheckpointManager, attempt: int) -> Result:
         trial = Trial(
             index=0,
             params={},
@@ -109,12 +110,14 @@ def check_everywhere(folder: Path, job: Job, *, steps: set[int], **options: Any)
         answer = process.run(leave_after=place)
         if isinstance(answer, Result):  # there was no safe point after that any more
             break
-        assert (answer["end"], answer["detail"]) == ("preempted", f"saved at step {answer['step']}, to go on later")
-        left.add(cast(int, answer["step"]))
+        assert isinstance(answer, AttemptEnded)
+        assert (answer.cause, answer.detail) == (Cause.PREEMPTED, f"saved at step {answer.step}, to go on later")
+        assert answer.step is not None
+        left.add(answer.step)
         found = process.run(attempt=1)
         assert isinstance(found, Result), found
         assert (found.payload, found.model) == (calm.payload, calm.model), place
-        assert {"resumed": answer["step"]} in process.told
+        assert Resumed(step=answer.step) in process.told
         assert process.reports == reports  # nothing is reported twice
     assert left == steps
 
@@ -196,8 +199,8 @@ def own_loop(trial: Trial) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Dropout(0.3), torch.nn.Linear(5, 1))
     opt = torch.optim.Adam(net.parameters(), lr=0.01)
     average = torch.optim.swa_utils.AveragedModel(net)
-    trial.keep(net=net, opt=opt, average=average)
-    memory: dict[str, Any] = trial.memory
+    trial.prepare(net=net, opt=opt, average=average)
+    memory: dict[str, Any] = trial.extra_state
     memory.setdefault("best", [])
     for _ in trial.epochs(3):
         for x, y in pairs(trial, 8):
@@ -287,7 +290,7 @@ def test_it_goes_on_in_the_newest_state_after_a_kill_and_repeats_what_came_after
             process.run()
         process.job = usual
         assert process.run(attempt=1) == expected
-        (step,) = [cast(int, told["resumed"]) for told in process.told if "resumed" in told]
+        (step,) = [told.step for told in process.told if isinstance(told, Resumed)]
         assert (0 < step < kill_after) if kill_after > 4 else step == 0
         assert last(process.reports) == last(calm.reports)
 
@@ -321,7 +324,7 @@ def test_an_attempt_that_finds_nothing_begins_anew_and_says_so(tmp_path: Path) -
     expected = Process(tmp_path / "calm", usual).run()
     process = Process(tmp_path / "none", usual)
     assert process.run(attempt=3) == expected
-    assert process.told[0] == {"resumed": 0}
+    assert process.told[0] == Resumed(step=0)
     assert process.said == ["--- begins anew: no checkpoint was left"]
 
 
@@ -332,7 +335,7 @@ def test_a_newest_state_that_is_damaged_gives_way_to_the_one_before(tmp_path: Pa
     newest, before = sorted((tmp_path / "damaged").iterdir(), reverse=True)
     newest.write_bytes(newest.read_bytes()[:-3])
     assert process.run(attempt=1) == expected
-    assert {"resumed": int(before.name.partition("-")[0])} in process.told
+    assert Resumed(step=int(before.name.partition("-")[0])) in process.told
     assert any(newest.name in line and "refused" in line for line in process.said)
 
 
@@ -394,7 +397,7 @@ class Stubborn:
 
 def unsaveable(trial: Trial) -> None:
     state = build()
-    trial.keep(net=state.net, opt=state.opt, stubborn=Stubborn())
+    trial.prepare(net=state.net, opt=state.opt, stubborn=Stubborn())
     for _ in trial.epochs(2):
         for batch in trial.batches((X, Y), 8):
             trial.step(losses, batch)
@@ -460,7 +463,7 @@ def more_reports(trial: Trial) -> None:
     [
         (other_width, "the checkpoint doesn't fit net['0.weight']: it holds torch.float32 of shape (7, 6)"),
         (no_loops, "it has ended before it came back to where it was to go on"),
-        (no_state, "it has called neither trial.build nor trial.keep on its way"),
+        (no_state, "it has called neither trial.build nor trial.prepare on its way"),
         (more_reports, "it reports more often on the way than it did before"),
     ],
 )
@@ -469,10 +472,10 @@ def test_a_job_that_is_another_than_before_is_refused_by_name_and_never_begins_a
 ) -> None:
     Process(tmp_path / "it", usual).run(leave_after=8)
     answer = Process(tmp_path / "it", job).run(attempt=1)
-    assert isinstance(answer, dict)
-    assert answer["end"] == "error"
-    assert str(answer["detail"]).startswith(f"it can't go on from its checkpoint: {text}")
-    assert "`orc resume --failed`" in str(answer["detail"])
+    assert isinstance(answer, AttemptEnded)
+    assert answer.cause == "error"
+    assert answer.detail.startswith(f"it can't go on from its checkpoint: {text}")
+    assert "`orc resume --failed`" in answer.detail
 
 
 # Notices
@@ -500,7 +503,7 @@ def test_a_notice_to_save_saves_once_and_the_trial_goes_on(tmp_path: Path, words
 def test_a_notice_that_turns_out_to_mean_leave_saves_once(tmp_path: Path, words: tuple[list[str], ...]) -> None:
     process = Process(tmp_path / "it", usual, every="9999 steps", hears=heard(*words))
     answer = process.run()
-    assert answer == {"end": "preempted", "detail": "saved at step 2, to go on later", "step": 2}
+    assert answer == AttemptEnded(cause=Cause.PREEMPTED, detail="saved at step 2, to go on later", step=2)
     assert saves(tmp_path / "it") == [2]
 
 
@@ -518,7 +521,7 @@ def test_a_notice_in_the_first_moments_leaves_without_a_checkpoint(tmp_path: Pat
                 trial.net[0].weight.add_(losses(trial.net, batch)["loss"].mean())  # type: ignore[index,operator,union-attr]
 
     process = Process(tmp_path / "it", train, hears=heard([LEAVE]))
-    assert cast(JsonObject, process.run())["detail"] == "saved at step 1, to go on later"
+    assert process.run() == left(1)
 
 
 # Disks and folders
@@ -540,14 +543,13 @@ def test_fault_18_without_room_at_a_notice_the_path_is_named_and_the_checkpoint_
     process = Process(tmp_path / "full", usual, every="9999 steps", hears=heard([], [], [SAVE, STAY], [], [], [LEAVE]))
     process.job = job = full_after(usual, 4)
     answer = process.run()
-    assert isinstance(answer, dict)
-    assert list(answer) == ["broken"]
-    assert str(tmp_path / "full" / "000000000006") in str(answer["broken"])
+    assert isinstance(answer, Unable)
+    assert str(tmp_path / "full" / "000000000006") in answer.reason
     assert saves(tmp_path / "full") == [3]
     del job
     process.job, process.hears = usual, list
     assert process.run(attempt=1) == expected
-    assert {"resumed": 3} in process.told
+    assert Resumed(step=3) in process.told
 
 
 def full_after(job: Job, steps: int) -> Job:
@@ -579,8 +581,7 @@ def test_a_worker_whose_folder_is_gone_stops_quietly(tmp_path: Path, every: str)
 
     process = Process(folder, train, every=every, hears=heard([SAVE, STAY], *[[]] * 20, [LEAVE]))
     answer = process.run()
-    assert isinstance(answer, dict)
-    assert list(answer) == ["gone"]
+    assert isinstance(answer, Superseded)
 
 
 def losses_of_one(net: torch.nn.Module, batch: Any) -> torch.Tensor:

@@ -11,17 +11,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.distributed.control_group import Group
-from orchestrator.distributed.rendezvous import Party
-from orchestrator.training.team import Team
+from orchestrator.distributed.control_group import ControlGroup
+from orchestrator.distributed.rendezvous import RankContext
+from orchestrator.training.team import TrialRanks
 from orchestrator.training.trial import stream
 
 CPU = torch.device("cpu")
 
 
-def team(rank: int, world_size: int) -> Team:
+def team(rank: int, world_size: int) -> TrialRanks:
     """One of several ranks that needs the others for nothing here."""
-    return Team(Party(group=Group(rank=rank, world_size=world_size, process_group=None)), partial(stream, 5))
+    return TrialRanks(
+        RankContext(group=ControlGroup(rank=rank, world_size=world_size, process_group=None)), partial(stream, 5)
+    )
 
 
 @given(

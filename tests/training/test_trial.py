@@ -165,7 +165,7 @@ def test_purposes_share_no_random_numbers() -> None:
     [
         (lambda t: t.step(losses, (X, Y)), RuntimeError, "call trial.build"),
         (lambda t: t.build(dict), TypeError, "must return orc.State"),
-        (lambda t: (t.keep(net=torch.nn.Linear(2, 1)), t.step(losses, (X, Y))), RuntimeError, "no optimizer"),
+        (lambda t: (t.prepare(net=torch.nn.Linear(2, 1)), t.step(losses, (X, Y))), RuntimeError, "no optimizer"),
         (lambda t: (t.build(build), t.step(lambda n, b: {"error": n(b[0])}, (X, Y))), KeyError, 'must give "loss"'),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_mistake_of_the_job_is_told_in_its_words(act: Any, error: type[Excepti
 
 def test_a_loop_of_ones_own_works_with_keep() -> None:
     found, net = trial(), torch.nn.Linear(2, 1)
-    kept, opt = found.keep(net=net, opt=torch.optim.SGD(net.parameters(), lr=0.1))
+    kept, opt = found.prepare(net=net, opt=torch.optim.SGD(net.parameters(), lr=0.1))
     assert kept is net
     assert found.opt is opt
     found.report(val_loss=1.5)
@@ -317,7 +317,7 @@ def weights(result: Any) -> dict[str, torch.Tensor]:
 def steps(found: Trial) -> Iterator[int]:
     """Sets the only weight to 0, 1, 2, ..."""
     net = torch.nn.Linear(1, 1, bias=False)
-    found.keep(net=net)
+    found.prepare(net=net)
     for step in range(4):
         with torch.no_grad():
             net.weight.fill_(float(step))
@@ -356,7 +356,7 @@ def test_tied_weights_and_views_are_stored() -> None:
     net[1].weight = net[0].weight
     net.register_buffer("turned", torch.arange(6.0).reshape(2, 3).t())
     found = trial()
-    found.keep(net=net)
+    found.prepare(net=net)
     found.report(val_loss=1.0)
     stored = weights(found.result(None))
     assert torch.equal(stored["0.weight"], stored["1.weight"])
@@ -393,7 +393,7 @@ def test_an_optimizer_s_own_zero_grad_is_called() -> None:
 
     one = trial()
     net = torch.nn.Linear(2, 1)
-    one.keep(net=net, opt=Counting(net.parameters(), lr=0.1))
+    one.prepare(net=net, opt=Counting(net.parameters(), lr=0.1))
     one.step(lambda net, batch: net(batch).flatten(), X)
     assert calls == [True]
 
@@ -403,6 +403,6 @@ def test_what_a_job_has_frozen_stays_frozen_through_a_validation() -> None:
     net = torch.nn.Sequential(frozen, live)
     frozen.eval()
     it = trial()
-    it.keep(net=net, opt=torch.optim.SGD(net.parameters(), lr=0.1))
+    it.prepare(net=net, opt=torch.optim.SGD(net.parameters(), lr=0.1))
     it.validate(lambda net, batch: net(batch[0]).squeeze(-1), (torch.ones(4, 2),))
     assert (frozen.training, live.training, net.training) == (False, True, True)

@@ -12,7 +12,7 @@ import pytest
 from sweeps import OTHER, TOKEN, folder, left_running, names, records, run, spec, started, superseded, until
 
 from orchestrator.config.plan import SweepPlan, write_plan
-from orchestrator.config.spec import Checkpoint, Retries
+from orchestrator.config.spec import CheckpointOptions, Retries
 from orchestrator.core.paths import SweepPaths
 from orchestrator.results.records import Cause, Status
 
@@ -68,7 +68,7 @@ def disturb(trial, step):
 
 def own_loop(trial):
     state = build()
-    net, opt = trial.keep(net=state.net, opt=state.opt)
+    net, opt = trial.prepare(net=state.net, opt=state.opt)
     step = 0
     for epoch in trial.epochs({epochs}):
         for inputs, labels in trial.batches(data(0), 8):
@@ -100,7 +100,7 @@ def sweep(runs: Path, ranks: int, disturb: str = "pass", **options: Any) -> Swee
     """A sweep of which every trial runs `disturb` after each step."""
     options = {"trials": TRIALS, "every": "1 steps", **options}
     every = options.pop("every")
-    of = replace(spec(program="train.py", ranks_per_node=ranks, **options), checkpoint=Checkpoint(every=every))
+    of = replace(spec(program="train.py", ranks_per_node=ranks, **options), checkpoint=CheckpointOptions(every=every))
     return folder(runs, of, JOB.format(disturb=disturb, epochs=EPOCHS))
 
 

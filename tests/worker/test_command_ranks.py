@@ -15,10 +15,10 @@ from torch.distributed.elastic.agent.server import local_elastic_agent
 
 from orchestrator.config import load
 from orchestrator.config.spec import Launch, Retries
-from orchestrator.core.atomic import JsonObject
+from orchestrator.core.messages import AttemptEnded, Cause, Message, Outcome, RankDone, Status
 from orchestrator.core.paths import SweepPaths
 from orchestrator.distributed.rendezvous import LOOPBACK
-from orchestrator.supervisor.rank_verdict import Crew
+from orchestrator.supervisor.rank_verdict import RankVerdict
 from orchestrator.worker.command_ranks import variables
 
 PRELUDE = """
@@ -48,12 +48,12 @@ def ends(paths: SweepPaths) -> list[tuple[str, str]]:
     return [(line["cause"], line["detail"]) for line in sweeps.records(paths, "end")]
 
 
-def crew(num: int, clock: sweeps.Clock | None = None) -> Crew:
-    return Crew(num, silent_s=30.0, clock=clock or sweeps.Clock(), in_agreement=False)
+def verdict_of(num: int, clock: sweeps.Clock | None = None) -> RankVerdict:
+    return RankVerdict(num, silent_s=30.0, clock=clock or sweeps.Clock(), in_agreement=False)
 
 
-def heard(one: Crew, rank: int, message: JsonObject) -> None:
-    assert list(one.hear(rank, message)) == []
+def heard(ranks: RankVerdict, rank: int, message: Message) -> None:
+    assert list(ranks.hear(rank, message)) == []
 
 
 # The variables
@@ -100,31 +100,31 @@ def test_a_command_may_have_ranks() -> None:
 
 def test_a_program_may_go_on_long_after_the_others() -> None:
     clock = sweeps.Clock()
-    one = crew(3, clock)
-    heard(one, 1, {"done": True})
-    heard(one, 2, {"end": "preempted", "detail": "later"})
+    ranks = verdict_of(3, clock)
+    heard(ranks, 1, RankDone())
+    heard(ranks, 2, AttemptEnded(cause=Cause.PREEMPTED, detail="later"))
     clock.now = 1e6
-    assert one.look() == set()
+    assert ranks.check() == set()
 
 
 def test_once_none_runs_all_that_ran_them_go(tmp_path: Path) -> None:
     clock = sweeps.Clock()
-    one = crew(2, clock)
-    heard(one, 1, {"done": True})
-    heard(one, 0, {"outcome": "complete", "payload": {"value": 1.0}})
-    assert (one.due_s, one.look()) == (0.0, {0, 1})
+    ranks = verdict_of(2, clock)
+    heard(ranks, 1, RankDone())
+    heard(ranks, 0, Outcome(status=Status.COMPLETE, payload={"value": 1.0}))
+    assert (ranks.due_s, ranks.check()) == (0.0, {0, 1})
     for rank in (0, 1):
-        one.left(rank, signal.SIGKILL.value)
-    assert one.verdict == {"outcome": "complete", "payload": {"value": 1.0}}
+        ranks.exited(rank, signal.SIGKILL.value)
+    assert ranks.verdict == Outcome(status=Status.COMPLETE, payload={"value": 1.0})
 
 
 def test_an_outcome_counts_only_if_every_program_left_with_0() -> None:
-    one = crew(2)
-    heard(one, 0, {"outcome": "complete", "payload": {"value": 1.0}})
-    heard(one, 1, {"end": "error", "detail": "left with exit code 3"})
+    ranks = verdict_of(2)
+    heard(ranks, 0, Outcome(status=Status.COMPLETE, payload={"value": 1.0}))
+    heard(ranks, 1, AttemptEnded(cause=Cause.ERROR, detail="left with exit code 3"))
     for rank in (0, 1):
-        one.left(rank, 0)
-    assert one.verdict == {"end": "error", "detail": "rank 1: left with exit code 3"}
+        ranks.exited(rank, 0)
+    assert ranks.verdict == AttemptEnded(cause=Cause.ERROR, detail="rank 1: left with exit code 3")
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_an_outcome_counts_only_if_every_program_left_with_0() -> None:
 def test_the_first_that_failed_is_charged_a_killed_one_before_all(
     said: list[tuple[int, str, str]], charged: str
 ) -> None:
-    one = crew(2)
+    ranks = verdict_of(2)
     for rank, end, detail in said:
-        heard(one, rank, {"end": end, "detail": detail})
-        one.left(rank, 0)
-    assert one.verdict is not None
-    assert one.verdict["detail"] == charged
+        heard(ranks, rank, AttemptEnded(cause=Cause(end), detail=detail))
+        ranks.exited(rank, 0)
+    assert isinstance(ranks.verdict, AttemptEnded)
+    assert ranks.verdict.detail == charged
 
 
 @pytest.mark.parametrize(("noticed", "killed"), [(False, {0}), (True, set())])
@@ -152,11 +152,11 @@ def test_who_fails_ends_the_others_but_not_after_a_notice_when_they_may_be_savin
     noticed: bool, killed: set[int]
 ) -> None:
     clock = sweeps.Clock()
-    one = crew(2, clock)
-    heard(one, 1, {"end": "error", "detail": "no", **({"noticed": True} if noticed else {})})
-    one.left(1, 0)
+    ranks = verdict_of(2, clock)
+    heard(ranks, 1, AttemptEnded(cause=Cause.ERROR, detail="no", noticed=noticed))
+    ranks.exited(1, 0)
     clock.now = 5.0
-    assert one.look() == killed
+    assert ranks.check() == killed
 
 
 # With real processes

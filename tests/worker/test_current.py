@@ -19,7 +19,7 @@ from crew import together
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.errors import OrcError, UsageError
 from orchestrator.worker import current as attempt
 from orchestrator.worker.current import Attempt
@@ -168,7 +168,7 @@ def test_another_thread_may_ask_only_once_the_main_one_has(tmp_path: Path) -> No
     assert found == ["should_stop: ask in the main thread first", False]
 
 
-def stopped(party: Party, environment: dict[str, str]) -> list[bool]:
+def stopped(party: RankContext, environment: dict[str, str]) -> list[bool]:
     """What a rank is told at five places, where the second rank has a notice before the third."""
     run = Attempt({**environment, "RANK": str(party.rank), "WORLD_SIZE": "3"}, {})
     found = []

@@ -7,12 +7,13 @@ import select
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from sweeps import LIMIT_S
 
-from orchestrator.core.atomic import JsonObject
 from orchestrator.core.channel import Channel
+from orchestrator.core.messages import ForkWorker, Notice, RankStarted
 from orchestrator.worker.forkserver import ForkServer
 
 NUM = 20
@@ -21,7 +22,7 @@ NUM = 20
 
 def say_and_leave(channel: Channel) -> None:
     """What each worker does: it says who its guardian is, and waits until it may go."""
-    channel.send({"pid": os.getppid()})
+    channel.send(RankStarted(pid=os.getppid()))
     for _ in channel.receive():
         pass
 
@@ -44,9 +45,9 @@ def server() -> Iterator[Channel]:
     assert os.waitpid(pid, 0) == (pid, 0)
 
 
-def hears(channel: Channel, num: int) -> list[JsonObject]:
+def hears(channel: Channel, num: int) -> list[Any]:
     """The next `num` messages."""
-    found: list[JsonObject] = []
+    found: list[Any] = []
     while len(found) < num:
         assert select.select([channel], [], [], LIMIT_S)[0], f"only {len(found)} of {num} have come"
         found += channel.receive()
@@ -56,15 +57,15 @@ def hears(channel: Channel, num: int) -> list[JsonObject]:
 def test_requests_that_come_together_each_get_their_own_channel(server: Channel) -> None:
     pairs = [socket.socketpair() for _ in range(NUM)]
     for number, (_, theirs) in enumerate(pairs):
-        server.send({"fork": number // 4, "rank": number % 4, "log": None}, (theirs.fileno(),))
+        server.send(ForkWorker(slot=number // 4, rank=number % 4, log=None, devices=None), (theirs.fileno(),))
         theirs.close()
     forked = hears(server, NUM)
-    assert [(m["forked"], m["rank"]) for m in forked] == [divmod(number, 4) for number in range(NUM)]
+    assert [(each.slot, each.rank) for each in forked] == [divmod(number, 4) for number in range(NUM)]
     channels = [Channel(ours) for ours, _ in pairs]
-    assert [hears(channel, 1) for channel in channels] == [[{"pid": m["pid"]}] for m in forked]
+    assert [hears(channel, 1) for channel in channels] == [[RankStarted(pid=each.pid)] for each in forked]
     for channel in channels:
-        channel.send({"go": True})
-    ended = sorted((m["exited"], m["rank"], m["status"]) for m in hears(server, NUM))
+        channel.send(Notice(action="leave"))
+    ended = sorted((each.slot, each.rank, each.status) for each in hears(server, NUM))
     assert ended == [(*divmod(number, 4), 0) for number in range(NUM)]
     for channel in channels:
         channel.close()

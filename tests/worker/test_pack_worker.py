@@ -21,11 +21,13 @@ from test_single_worker import message, process_as_before  # noqa: F401  # a fix
 from orchestrator.cli import logs
 from orchestrator.cli.prepare import read
 from orchestrator.config.plan import PlanFile
-from orchestrator.config.program import Job, load_job
-from orchestrator.config.spec import Checkpoint, Metric, Retries
+from orchestrator.config.program import LoadedJob, load_job
+from orchestrator.config.spec import CheckpointOptions, Metric, Retries
 from orchestrator.core.atomic import JsonObject
-from orchestrator.core.channel import Channel
+from orchestrator.core.channel import Channel, decode, encode
+from orchestrator.core.messages import AttemptMessage, Idle, Outcome, PackDone, Reported
 from orchestrator.core.paths import SweepPaths
+from orchestrator.results import resumption
 from orchestrator.results.records import Cause, RecordWriter, Status, outcome
 from orchestrator.sweep import Sweep
 from orchestrator.training.trial import Trial
@@ -86,7 +88,7 @@ def sweep(runs: Path, every: str = "5 steps", **launch: Any) -> SweepPaths:
         retries=Retries(signal=60, unknown=20),
         **{"trials_per_task": 6, "pack": 4, "notice_s": 5, **launch},
     )
-    return sweeps.folder(runs, replace(spec, checkpoint=Checkpoint(every=every)), JOB, packed_by=("epochs",))
+    return sweeps.folder(runs, replace(spec, checkpoint=CheckpointOptions(every=every)), JOB, packed_by=("epochs",))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +221,7 @@ def test_a_pack_that_is_cancelled_is_saved_and_goes_on_there_and_so_are_its_othe
     (paths.code / "go").touch()
     assert sweeps.run(paths, submission=OTHER)[0] == 0
     assert steps_of(paths)[12:14] == ["0:13", "1:14"]
-    assert [(line["trial"], line["step"], line["lost"]) for line in records(paths, "resume")][:2] == [
+    assert [(each.trial, each.step, each.lost) for each in resumption.read(paths).resumptions if each.step] == [
         (0, 13, 0),
         (2, 13, 0),
     ]
@@ -274,21 +276,19 @@ def worked(
     import socket
     from types import ModuleType
 
-    import orjson
-
     module = ModuleType("job")
     module.build = build  # type: ignore[attr-defined]
-    pack = [{"index": n, "trial": f"{n}-abc", "params": one, "seed": n} for n, one in enumerate(of)]
-    sent = {**message(attempt=attempt), "pack": pack, "open": open_ or list(range(len(of)))}
+    pack: list[Any] = [{"index": n, "trial": f"{n}-abc", "params": one, "seed": n} for n, one in enumerate(of)]
+    sent = replace(message(attempt=attempt), pack=pack, open=open_ or list(range(len(of))))
     spec = PlanFile.open(paths.plan).spec
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        ours.sendall(orjson.dumps(sent) + b"\n")
+        ours.sendall(encode(sent))
         ours.shutdown(socket.SHUT_WR)
-        PackWorker(paths, spec, Job(module, train), Channel(theirs)).serve()
+        PackWorker(paths, spec, LoadedJob(module, train), Channel(theirs)).serve()
         theirs.shutdown(socket.SHUT_WR)
         with ours.makefile("rb") as file:
-            return [orjson.loads(line) for line in file]
+            return [said for line in file if not isinstance(said := decode(line), Idle)]
 
 
 def build_net(*, lr: float = 0.1, width: int = 3) -> Any:
@@ -316,15 +316,15 @@ def paths(tmp_path: Path) -> SweepPaths:
 
 
 def outcomes(found: list[Any]) -> list[tuple[int, str]]:
-    return [(one["trial"], one["outcome"]) for one in found if "outcome" in one]
+    return [(each.body.trial, each.body.status) for each in found if isinstance(each.body, Outcome)]
 
 
 @pytest.mark.usefixtures("process_as_before")
 def test_outcomes_are_told_trial_by_trial_and_the_models_of_the_best_are_kept(paths: SweepPaths) -> None:
     found = worked(paths, trains, build_net, [{"lr": lr} for lr in (0.0, 0.3, 0.1, 0.2)])
     assert sorted(outcomes(found)) == [(n, "complete") for n in range(4)]
-    assert {key: found[-1][key] for key in ("index", "attempt", "over")} == {"index": 0, "attempt": 0, "over": True}
-    values = {one["trial"]: one["payload"]["value"] for one in found if "outcome" in one}
+    assert found[-1] == AttemptMessage(index=0, attempt=0, body=PackDone())
+    values = {each.body.trial: each.body.payload["value"] for each in found if isinstance(each.body, Outcome)}
     best = sorted(values, key=lambda trial: values[trial])[:2]
     assert sorted(int(path.name.partition("-")[0]) for path in paths.models.iterdir()) == sorted(best)
 
@@ -335,9 +335,9 @@ def test_a_part_whose_trials_have_outcomes_is_not_trained_again(paths: SweepPath
     whole = worked(paths, trains, build_net, params)
     assert outcomes(whole) == [(n, "complete") for n in (0, 2, 1, 3)]
     again = worked(paths, trains, build_net, params, open_=[3])
-    assert [one["trial"] for one in again if "report" in one] == [1, 3]
-    assert [one for one in again if "outcome" in one] == [
-        one for one in whole if one.get("trial") == 3 and "outcome" in one
+    assert [each.body.trial for each in again if isinstance(each.body, Reported)] == [1, 3]
+    assert [each for each in again if isinstance(each.body, Outcome)] == [
+        each for each in whole if isinstance(each.body, Outcome) and each.body.trial == 3
     ]
 
 
@@ -350,7 +350,7 @@ def test_a_trial_that_was_never_reported_is_told_beside_the_others(paths: SweepP
 
     found = worked(paths, train, build_net, [{}, {}, {}])
     assert outcomes(found) == [(0, "complete"), (2, "complete")]
-    assert (found[-1]["end"], found[-1]["detail"][:10]) == ("error", "no result:")
+    assert (found[-1].body.cause, found[-1].body.detail[:10]) == ("error", "no result:")
 
 
 def uses_the_seed(trial: Any) -> None:
@@ -374,8 +374,8 @@ def test_what_ends_a_pack_ends_it_whole_and_says_what_helps(
     paths: SweepPaths, train: Any, cause: str, text: str
 ) -> None:
     (end,) = worked(paths, train, build_net, [{}, {}])
-    assert end["end"] == cause
-    assert text in end["detail"]
+    assert end.body.cause == cause
+    assert text in end.body.detail
 
 
 @pytest.mark.usefixtures("process_as_before")
@@ -384,7 +384,7 @@ def test_train_is_never_called_with_what_is_one_trial_s_alone(paths: SweepPaths)
         raise AssertionError
 
     (end,) = worked(paths, train, build_net, [{"width": 3}, {"width": 4}])
-    assert "not equal for all trials of a pack" in end["detail"]
+    assert "not equal for all trials of a pack" in end.body.detail
 
 
 RAISES = """

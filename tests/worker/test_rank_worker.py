@@ -11,15 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 import sweeps
 import torch
 from crew import LIMIT_S
 
 from orchestrator.config.plan import PlanFile
-from orchestrator.config.spec import Checkpoint
-from orchestrator.core.channel import Channel
+from orchestrator.config.spec import CheckpointOptions
+from orchestrator.core.channel import Channel, decode, encode
+from orchestrator.core.messages import AttemptMessage, Progress, RankDone, RankStarted, RunTrial
 from orchestrator.core.paths import SweepPaths
 from orchestrator.errors import OrcError
 from orchestrator.worker import rank as ranks
@@ -53,15 +53,15 @@ def disturb(trial):
 
 def sweep(runs: Path, disturb: str = "pass", world_size: int = 2, answer_s: float = 60.0) -> SweepPaths:
     of = sweeps.spec(program="train.py", trials=1, parameters={}, ranks_per_node=world_size, answer_s=answer_s)
-    spec = replace(of, checkpoint=Checkpoint(every="1h"))
+    spec = replace(of, checkpoint=CheckpointOptions(every="1h"))
     return sweeps.folder(runs, spec, JOB.format(disturb=textwrap.indent(disturb, "    ").strip()))
 
 
-def message(rank: int, attempt: int = 0) -> dict[str, Any]:
-    return {
-        "index": 0, "trial": "0-abc", "params": {}, "seed": 5, "attempt": attempt, "bar": None, "writer": "e" * 32,
-        "rank": rank, "local_rank": rank, "local_size": 2, "host": "127.0.0.1",
-    }  # fmt: skip
+def message(rank: int, attempt: int = 0) -> RunTrial:
+    return RunTrial(
+        index=0, trial="0-abc", params={}, seed=5, attempt=attempt, bar=None, writer="e" * 32,
+        rank=rank, local_rank=rank, local_size=2, host="127.0.0.1",
+    )  # fmt: skip
 
 
 def together(paths: SweepPaths, world_size: int = 2) -> list[list[Any]]:
@@ -74,7 +74,7 @@ def together(paths: SweepPaths, world_size: int = 2) -> list[list[Any]]:
     return [heard(*each) for each in started]
 
 
-def fork(serve: Callable[[Channel], None], first: dict[str, Any]) -> tuple[int, socket.socket]:
+def fork(serve: Callable[[Channel], None], first: RunTrial) -> tuple[int, socket.socket]:
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -85,45 +85,45 @@ def fork(serve: Callable[[Channel], None], first: dict[str, Any]) -> tuple[int, 
         finally:
             os._exit(0)
     theirs.close()
-    ours.sendall(orjson.dumps(first) + b"\n")
+    ours.sendall(encode(first))
     return pid, ours
 
 
 def heard(pid: int, ours: socket.socket) -> list[Any]:
     with ours, ours.makefile("rb") as file:
-        found = [orjson.loads(line) for line in file]
+        found = [decode(line) for line in file]
     os.waitpid(pid, 0)
     return found
 
 
 def without_places(said: list[Any]) -> list[Any]:
-    return [one for one in said if "at" not in one]
+    return [each for each in said if not isinstance(each.body, Progress)]
 
 
 def test_the_first_rank_speaks_for_the_trial_and_the_others_say_that_they_are_done(tmp_path: Path) -> None:
     first, second = map(without_places, together(sweep(tmp_path)))
-    assert "pid" in first[0]
-    assert "pid" in second[0]
-    assert [one["report"]["step"] for one in first[1:-1]] == [3, 6]
-    assert first[-1]["outcome"] == "complete"
-    assert second[-1] == {"index": 0, "attempt": 0, "done": True}
+    assert isinstance(first[0].body, RankStarted)
+    assert isinstance(second[0].body, RankStarted)
+    assert [each.body.step for each in first[1:-1]] == [3, 6]
+    assert first[-1].body.status == "complete"
+    assert second[-1] == AttemptMessage(index=0, attempt=0, body=RankDone())
     assert second[1:-1] == first[1:-1], "all report the same, of which the supervisor takes the first one's"
 
 
 def test_a_rank_that_fails_by_its_own_doing_says_so_and_the_others_name_it(tmp_path: Path) -> None:
     fails = "if trial.num_steps == 2 and trial.group.rank == 1:\n    raise ValueError('of its own')"
     first, second = together(sweep(tmp_path, fails))
-    assert (second[-1]["end"], second[-1]["detail"]) == ("error", "ValueError: of its own")
-    assert "peer" not in second[-1]
-    assert (first[-1]["end"], first[-1]["peer"]) == ("signal", True)
-    assert "failed: ValueError: of its own" in first[-1]["detail"]
+    assert (second[-1].body.cause, second[-1].body.detail) == ("error", "ValueError: of its own")
+    assert not second[-1].body.peer
+    assert (first[-1].body.cause, first[-1].body.peer) == ("signal", True)
+    assert "failed: ValueError: of its own" in first[-1].body.detail
 
 
 def test_ranks_that_go_different_ways_are_told_so(tmp_path: Path) -> None:
     apart = "while trial.group.rank == 1 and trial.num_steps == 2:\n    trial.step(losses, (torch.ones(2, 3),))"
     found = [said[-1] for said in together(sweep(tmp_path, apart, answer_s=2.0))]
-    assert all(one["peer"] for one in found), found
-    assert {one["end"] for one in found} <= {"error", "signal"}
+    assert all(each.body.peer for each in found), found
+    assert {each.body.cause for each in found} <= {"error", "signal"}
 
 
 def test_a_rank_that_is_alone_says_who_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,8 +135,8 @@ def test_a_rank_that_is_alone_says_who_is_missing(tmp_path: Path, monkeypatch: p
     meeting.mkdir(mode=0o700)
     torch.set_num_threads(1)
     [*_, last] = heard(*fork(ranks.server(paths, spec, meeting), message(0)))
-    assert last["peer"] is True
-    assert "of 2 ranks, not all came within 0.5 s; missing: 1" in last["detail"]
+    assert last.body.peer
+    assert "of 2 ranks, not all came within 0.5 s; missing: 1" in last.body.detail
 
 
 # Devices

@@ -25,13 +25,13 @@ import torch
 from sweeps import no_room_after
 
 import orchestrator as orc
-from orchestrator.config.program import Job
-from orchestrator.core.atomic import JsonObject
-from orchestrator.core.channel import Channel
+from orchestrator.config.program import LoadedJob
+from orchestrator.core.channel import Channel, decode, encode
+from orchestrator.core.messages import Idle, Message, Notice, Progress, Reported, RunTrial, Unable
 from orchestrator.core.paths import SweepPaths
 from orchestrator.training.torch_state import Settings
 from orchestrator.worker import single as workers
-from orchestrator.worker.single import Worker
+from orchestrator.worker.single import TrialWorker
 
 WRITER = "e" * 32
 
@@ -53,7 +53,7 @@ def paths(tmp_path: Path) -> SweepPaths:
     return sweeps.folder(tmp_path, sweeps.spec(program="train.py"), "")
 
 
-def answers(paths: SweepPaths, train: Callable[..., object], *messages: JsonObject, build: Any = None) -> list[Any]:
+def answers(paths: SweepPaths, train: Callable[..., object], *messages: Message, build: Any = None) -> list[Any]:
     """What a worker says to a supervisor that sends `messages` and then hangs up."""
     module = ModuleType("job")
     if build is not None:
@@ -61,33 +61,29 @@ def answers(paths: SweepPaths, train: Callable[..., object], *messages: JsonObje
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for message in messages:
-            ours.sendall(orjson.dumps(message) + b"\n")
+            ours.sendall(encode(message))
         ours.shutdown(socket.SHUT_WR)
-        Worker(paths, sweeps.spec(program="train.py"), Job(module, train), Channel(theirs)).serve()
+        TrialWorker(paths, sweeps.spec(program="train.py"), LoadedJob(module, train), Channel(theirs)).serve()
         theirs.shutdown(socket.SHUT_WR)
         with ours.makefile("rb") as file:
-            return [orjson.loads(line) for line in file]
+            return [said for line in file if not isinstance(said := decode(line), Idle)]
 
 
-def message(index: int = 0, seed: int = 5, bar: float | None = None, attempt: int = 0, **params: Any) -> JsonObject:
-    return {
-        "index": index,
-        "trial": f"{index}-abc",
-        "params": params,
-        "seed": seed,
-        "attempt": attempt,
-        "bar": bar,
-        "writer": WRITER,
-    }
+def message(index: int = 0, seed: int = 5, bar: float | None = None, attempt: int = 0, **params: Any) -> RunTrial:
+    return RunTrial(
+        index=index, trial=f"{index}-abc", params=params, seed=seed, attempt=attempt, bar=bar, writer=WRITER
+    )
 
 
 def outcomes(found: list[Any]) -> list[Any]:
-    return [answer for answer in found if not answer.keys() & {"report", "at"}]  # a slow one tells where it is
+    return [
+        answer for answer in found if not isinstance(answer.body, Reported | Progress)
+    ]  # a slow one tells where it is
 
 
 def result(answer: Any) -> list[Any]:
     """All that a worker says of an outcome, but whether it has saved: on a slow machine it may have."""
-    return [answer["index"], answer["attempt"], answer["outcome"], answer["payload"]]
+    return [answer.index, answer.attempt, answer.body.status, answer.body.payload]
 
 
 def build(*, width: int = 4) -> orc.State:
@@ -135,7 +131,7 @@ def leave_a_mess(trial: orc.Trial) -> None:
 def test_a_trial_is_the_same_first_tenth_and_alone(paths: SweepPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EXPECTED", str(Path.cwd()))
     (alone,) = outcomes(answers(paths, everything_random, message(index=9, seed=99, width=5), build=build))
-    assert alone["outcome"] == "complete", alone
+    assert alone.body.status == "complete", alone
 
     def job(trial: orc.Trial, **params: Any) -> None:
         if trial.index % 2:
@@ -146,7 +142,7 @@ def test_a_trial_is_the_same_first_tenth_and_alone(paths: SweepPaths, monkeypatc
     many = [message(index=i, seed=i, width=5) for i in range(9)] + [message(index=9, seed=99, width=5)]
     found = outcomes(answers(paths, job, *many, build=build))
     assert len(found) == 10
-    assert [answer["outcome"] for answer in found] == ["complete"] * 10
+    assert [answer.body.status for answer in found] == ["complete"] * 10
     assert result(found[9]) == result(alone)
     assert result(found[7])[2:] != result(found[9])[2:]
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
@@ -226,9 +222,9 @@ def test_a_job_that_fails_says_why_and_the_next_trial_runs(
         return train(trial) if trial.index == 0 else 2.5
 
     bad, good = outcomes(answers(paths, job, message(0), message(1)))
-    assert bad["end"] == cause
-    assert bad["detail"].startswith(detail)
-    assert (good["outcome"], good["payload"]["value"]) == ("complete", 2.5)
+    assert bad.body.cause == cause
+    assert bad.body.detail.startswith(detail)
+    assert (good.body.status, good.body.payload["value"]) == ("complete", 2.5)
 
 
 def test_an_error_reads_the_same_in_every_process(paths: SweepPaths) -> None:
@@ -236,18 +232,18 @@ def test_an_error_reads_the_same_in_every_process(paths: SweepPaths) -> None:
         raise ValueError(object())
 
     (found,) = outcomes(answers(paths, job, message()))
-    assert found["detail"] == "ValueError: <object object at 0x…>"
+    assert found.body.detail == "ValueError: <object object at 0x…>"
 
 
 @pytest.mark.parametrize("value", [2.5, torch.tensor(2.5), np.float32(2.5), np.float64(2.5), {"val_loss": 2.5}])
 def test_what_a_job_returns_is_its_last_report(paths: SweepPaths, value: object) -> None:
     (found,) = outcomes(answers(paths, lambda _: value, message()))
-    assert found["payload"]["value"] == 2.5
+    assert found.body.payload["value"] == 2.5
 
 
 def test_a_parameter_that_the_job_does_not_take_is_named(paths: SweepPaths) -> None:
     (found,) = outcomes(answers(paths, lambda trial: 1.0, message(lr=0.1)))
-    assert "'lr'" in found["detail"]
+    assert "'lr'" in found.body.detail
 
 
 def test_a_job_that_diverges_ends_there(paths: SweepPaths) -> None:
@@ -256,8 +252,8 @@ def test_a_job_that_diverges_ends_there(paths: SweepPaths) -> None:
             trial.report(step=step, val_loss=1.0 if step < 3 else float("nan"))
 
     found = answers(paths, job, message())
-    assert [line["report"]["step"] for line in found[:-1]] == [0, 1, 2, 3]
-    assert (found[-1]["outcome"], found[-1]["payload"]["step"]) == ("diverged", 3)
+    assert [line.body.step for line in found[:-1]] == [0, 1, 2, 3]
+    assert (found[-1].body.status, found[-1].body.payload["step"]) == ("diverged", 3)
 
 
 def test_a_model_is_on_the_disk_before_the_outcome_that_names_it(paths: SweepPaths) -> None:
@@ -267,9 +263,9 @@ def test_a_model_is_on_the_disk_before_the_outcome_that_names_it(paths: SweepPat
 
     first, again, beaten = outcomes(answers(paths, job, message(), message(), message(1, bar=0.5), build=build))
     assert first == again
-    name = paths.model(0, first["payload"]["model"])
+    name = paths.model(0, first.body.payload["model"])
     assert sweeps.names(paths.models) == [name.name]
-    assert beaten["payload"]["model"] is None
+    assert beaten.body.payload["model"] is None
 
 
 def test_a_full_disk_is_not_the_trials_fault(paths: SweepPaths) -> None:
@@ -279,8 +275,8 @@ def test_a_full_disk_is_not_the_trials_fault(paths: SweepPaths) -> None:
 
     with no_room_after(100):
         (found,) = outcomes(answers(paths, job, message(), build=build))
-    assert found.keys() == {"index", "attempt", "broken"}
-    assert str(paths.models) in found["broken"]
+    assert isinstance(found.body, Unable)
+    assert str(paths.models) in found.body.reason
     assert sweeps.names(paths.models) == []
 
 
@@ -289,15 +285,15 @@ def test_a_job_that_finds_no_room_is_not_charged_for_it(paths: SweepPaths) -> No
         raise OSError(errno.ENOSPC, "No space left on device", "/data/cache")
 
     (found,) = outcomes(answers(paths, job, message()))
-    assert found["broken"] == "[Errno 28] No space left on device: '/data/cache'"
+    assert found.body.reason == "[Errno 28] No space left on device: '/data/cache'"
 
 
 def test_a_notice_that_came_first_is_known_to_the_trial(paths: SweepPaths) -> None:
     def job(trial: orc.Trial) -> float:
         return float(trial.should_stop)
 
-    (found,) = outcomes(answers(paths, job, message(), {"notice": "save"}))
-    assert found["payload"]["value"] == 1.0
+    (found,) = outcomes(answers(paths, job, message(), Notice(action="save")))
+    assert found.body.payload["value"] == 1.0
 
 
 def test_what_a_thread_of_an_earlier_trial_reports_carries_that_trials_name(paths: SweepPaths) -> None:
@@ -309,7 +305,7 @@ def test_what_a_thread_of_an_earlier_trial_reports_carries_that_trials_name(path
         return 2.0
 
     found = answers(paths, job, message(0), message(1))
-    assert [line["index"] for line in found if "report" in line and "acc" in line["report"]["metrics"]] == [0, 0]
+    assert [line.index for line in found if isinstance(line.body, Reported) and "acc" in line.body.metrics] == [0, 0]
 
 
 # With real processes

@@ -29,8 +29,8 @@ from orchestrator.config.spec import Metric
 from orchestrator.core.atomic import Json, JsonObject
 from orchestrator.core.paths import SweepPaths
 from orchestrator.results.fold.columns import BEGUN, STARTED, STATUSES, at
-from orchestrator.results.fold.incremental import Leaders
-from orchestrator.results.fold.segment import RecordFile, Stretch, Unit, attempt_key, trial_of
+from orchestrator.results.fold.incremental import IncrementalBest
+from orchestrator.results.fold.segment import RecordFile, Segment, Unit, attempt_key, trial_of
 from orchestrator.results.fold.table import NO_MODEL, Table, Vanished, order
 from orchestrator.results.records import Cause, Seen, Status, as_index, look
 from orchestrator.stats.summary import Summary
@@ -81,7 +81,7 @@ class Fold:
         self._files: list[RecordFile] = []
         self._numbers: dict[str, int] = {}
         self._table = Table(self._files, self.num_trials, self.indices)
-        self._leaders = Leaders(self._table)
+        self._leaders = IncrementalBest(self._table)
         self._restarts: dict[tuple[Json, Json], int] = {}
         self._continued: dict[str, str] = {}
         self._num_unsaved = 0
@@ -150,7 +150,7 @@ class Fold:
         self._files.append(file)
         self._take_writer(file)
 
-    def _read(self, news: list[tuple[Unit, Path, int]]) -> list[Stretch]:
+    def _read(self, news: list[tuple[Unit, Path, int]]) -> list[Segment]:
         if self._eager and sum(size - unit.start for unit, _, size in news) >= _DEALT_BYTES:
             from orchestrator.results.fold import parallel
 
@@ -158,10 +158,10 @@ class Fold:
                 return parallel.read(self._table, parallel.deal(news, parallel.num_processes(self._table)))
         return [self._table.read(*unit) for unit, _, _ in news]
 
-    def _take(self, stretches: list[Stretch]) -> None:
+    def _take(self, stretches: list[Segment]) -> None:
         self._busy = None
         self._counts.clear()
-        by_file: dict[int, list[Stretch]] = {}
+        by_file: dict[int, list[Segment]] = {}
         for one in sorted(stretches, key=lambda one: (one.number, one.start)):
             by_file.setdefault(one.number, []).append(one)
         for number, its in by_file.items():

@@ -19,9 +19,9 @@ from orchestrator.core import atomic, permissions
 from orchestrator.core.atomic import JsonObject
 from orchestrator.core.paths import SweepPaths
 from orchestrator.errors import OrcError
-from orchestrator.results.fold.columns import Rows
-from orchestrator.results.fold.incremental import Leaders
-from orchestrator.results.fold.segment import RecordFile, Stretch, opened, tail
+from orchestrator.results.fold.columns import Columns
+from orchestrator.results.fold.incremental import IncrementalBest
+from orchestrator.results.fold.segment import RecordFile, Segment, opened, tail
 from orchestrator.results.fold.table import Table
 from orchestrator.results.records import Seen
 
@@ -38,7 +38,9 @@ _SETTLED_NS: Final = 5 * 10**9
 # Writing
 
 
-def save(paths: SweepPaths, files: list[RecordFile], table: Table, leaders: Leaders, seen: Mapping[str, Seen]) -> None:
+def save(
+    paths: SweepPaths, files: list[RecordFile], table: Table, leaders: IncrementalBest, seen: Mapping[str, Seen]
+) -> None:
     """Write the cache, if this user may; that it can't be written is no error.
 
     All that the table holds must be of lines up to the `offset` of their file: `load` looks at no others.
@@ -57,7 +59,9 @@ def _may_replace(paths: SweepPaths) -> bool:
     return os.getuid() in (owner, paths.root.stat().st_uid)
 
 
-def _pieces(files: list[RecordFile], table: Table, leaders: Leaders, seen: Mapping[str, Seen]) -> Iterator[bytes]:
+def _pieces(
+    files: list[RecordFile], table: Table, leaders: IncrementalBest, seen: Mapping[str, Seen]
+) -> Iterator[bytes]:
     head: JsonObject = {
         "kind": "fold",
         "schema": SCHEMA,
@@ -75,7 +79,7 @@ def _pieces(files: list[RecordFile], table: Table, leaders: Leaders, seen: Mappi
 
 def _file_json(number: int, file: RecordFile, seen: Mapping[str, Seen]) -> JsonObject:
     # What is not intact is read again by every fold, so nothing is said of it here.
-    known = Stretch(
+    known = Segment(
         number, 0, file.offset, num_lines=file.num_lines, writer=file.writer, notices=file.notices, open=file.open
     )
     known_by = tail(file.path, file.offset, _TAIL) if file.offset else 0
@@ -86,7 +90,9 @@ def _file_json(number: int, file: RecordFile, seen: Mapping[str, Seen]) -> JsonO
 # Reading
 
 
-def load(paths: SweepPaths, table: Table, leaders: Leaders, seen: Mapping[str, Seen]) -> list[RecordFile] | None:
+def load(
+    paths: SweepPaths, table: Table, leaders: IncrementalBest, seen: Mapping[str, Seen]
+) -> list[RecordFile] | None:
     """Fill an empty table from the cache; returns the record files, or None if there is no cache that fits."""
     try:
         with opened(paths.fold_cache) as raw, BufferedReader(raw) as file:
@@ -97,7 +103,7 @@ def load(paths: SweepPaths, table: Table, leaders: Leaders, seen: Mapping[str, S
 
 
 def _load(
-    paths: SweepPaths, file: BufferedReader[FileIO], table: Table, leaders: Leaders, seen: Mapping[str, Seen]
+    paths: SweepPaths, file: BufferedReader[FileIO], table: Table, leaders: IncrementalBest, seen: Mapping[str, Seen]
 ) -> list[RecordFile] | None:
     head = atomic.unchecked(file.readline().removesuffix(b"\n")) or {}
     mine = {"schema": SCHEMA, "byteorder": sys.byteorder, "num_trials": table.num_trials}
@@ -107,7 +113,7 @@ def _load(
     saved_ns = os.fstat(file.fileno()).st_mtime_ns
     if not all(_fits(paths, one, seen.get(str(one["name"])), saved_ns) for one in known):
         return None
-    rows = Rows(table.num_trials, range(table.num_trials))
+    rows = Columns(table.num_trials, range(table.num_trials))
     if file.readinto(rows.buffer) != rows.num_bytes or file.read(1) or crc32(rows.buffer) != head["rows"]:
         return None
     files = [_file(paths, one) for one in known]
@@ -133,5 +139,5 @@ def _fits(paths: SweepPaths, known: JsonObject, seen: Seen | None, saved_ns: int
 
 def _file(paths: SweepPaths, known: JsonObject) -> RecordFile:
     found = RecordFile(paths.records / str(known["name"]))
-    found.take([Stretch.from_json(known)])
+    found.take([Segment.from_json(known)])
     return found

@@ -19,7 +19,7 @@ from typing import Final, cast
 
 from orchestrator.results.records import Status
 
-__all__ = ["BEGUN", "CLOSED", "COMPLETE", "STARTED", "STATUSES", "Rows", "at", "place"]
+__all__ = ["BEGUN", "CLOSED", "COMPLETE", "STARTED", "STATUSES", "Columns", "at", "place"]
 
 STATUSES: Final = (None, Status.COMPLETE, Status.DIVERGED, Status.PRUNED, Status.FAILED)
 """What a number in the column `status` means; of two that are not 0, the smaller one counts."""
@@ -47,7 +47,7 @@ def at(where: int) -> tuple[int, int]:
     return where >> _OFFSET_BITS, where & ((1 << _OFFSET_BITS) - 1)
 
 
-class Rows:
+class Columns:
     """The columns.
 
     Args:
@@ -80,9 +80,9 @@ class Rows:
         """Size of the buffer."""
         return len(self.buffer)
 
-    def narrowed(self, trials: range) -> Rows:
+    def narrowed(self, trials: range) -> Columns:
         """A copy with the rows of `trials` only."""
-        found = Rows(self.num_trials, trials)
+        found = Columns(self.num_trials, trials)
         part = slice(trials.start - self._trials.start, trials.stop - self._trials.start)
         for mine, other in zip(self._columns, found._columns, strict=True):
             other[:] = mine[part]
@@ -108,7 +108,7 @@ class Rows:
         """Make a row what it is when it is not set."""
         self.where[row], self.values[row], self.seconds[row], self.status[row] = 0, 0.0, 0.0, 0
 
-    def shared_with(self, other: Rows) -> Iterator[int]:
+    def shared_with(self, other: Columns) -> Iterator[int]:
         """The rows that are set both here and there, in order."""
         for start in range(0, len(self.status), _SEGMENT):
             mine, its = (one.status[start : start + _SEGMENT].tobytes().translate(_IS_SET) for one in (self, other))
@@ -116,7 +116,7 @@ class Rows:
                 both = (int.from_bytes(mine, "little") & int.from_bytes(its, "little")).to_bytes(len(mine), "little")
                 yield from (start + found.start() for found in re.finditer(b"\1", both))
 
-    def take(self, other: Rows) -> None:
+    def take(self, other: Columns) -> None:
         """Take over the rows of `other`, none of which may be set here, and its marks."""
         for start in range(0, len(self.status), _SEGMENT):
             part = slice(start, start + _SEGMENT)
@@ -129,7 +129,7 @@ class Rows:
                     mine[part] = its[part]
         _unite(self.marks, other.marks)
 
-    def _unite(self, other: Rows, start: int, stop: int) -> None:
+    def _unite(self, other: Columns, start: int, stop: int) -> None:
         num = len(self.status)
         for base, width in ((0, 8), (8 * num, 8), (16 * num, 4), (20 * num, 1)):
             part = slice(base + width * start, base + width * stop)

@@ -1,4 +1,4 @@
-"""Leaders: the best rows and the Summary of all rows, kept up to date by what has changed.
+"""The incremental best: the best rows and the Summary of all rows, kept up to date by what has changed.
 
 A million rows are gone through once; after that an answer costs what is new. The extremes are exact as long as enough
 of the first ones are known; otherwise, as when a kept outcome of a counted trial was replaced, all rows are gone
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from orchestrator.core.atomic import JsonObject
     from orchestrator.results.fold.table import Table
 
-__all__ = ["Leaders"]
+__all__ = ["IncrementalBest"]
 
 _REACH: Final = 32
 """Least number of first rows that are known, so that some may be replaced or more be asked for."""
@@ -49,7 +49,7 @@ class _Sum:
     upto: int = 0
 
 
-class Leaders:
+class IncrementalBest:
     """What is worked out of a table.
 
     Args:

@@ -1,4 +1,4 @@
-"""Lookback: lines that were read, once more, without opening a file for each."""
+"""The line cache: lines that were read, once more, without opening a file for each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from orchestrator.results.fold.columns import at
 from orchestrator.results.fold.segment import RecordFile, opened
 
-__all__ = ["Lookback", "payload_text"]
+__all__ = ["LineCache", "payload_text"]
 
 _BLOCK: Final = 1 << 16
 _MOST_BLOCKS: Final = 64
@@ -29,7 +29,7 @@ def payload_text(line: bytes) -> bytes:
     return text if is_whole and line.find(b"}", stop) == len(line) - 1 else b""
 
 
-class Lookback:
+class LineCache:
     """Lines of record files, read back: the neighbours of one that was asked for are at hand.
 
     Args:

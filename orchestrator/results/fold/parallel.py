@@ -18,7 +18,7 @@ from typing import BinaryIO, Final, NoReturn
 import orjson
 
 from orchestrator.core.atomic import Json
-from orchestrator.results.fold.segment import Stretch, Unit, opened
+from orchestrator.results.fold.segment import Segment, Unit, opened
 from orchestrator.results.fold.table import Table
 
 __all__ = ["Child", "answer", "deal", "is_alone", "num_processes", "read"]
@@ -75,7 +75,7 @@ def _next_line(path: Path, offset: int, size: int) -> int | None:
     return offset + found + 1 if 0 <= found < size - offset - 1 else None
 
 
-def read(table: Table, shares: list[list[Unit]]) -> list[Stretch]:
+def read(table: Table, shares: list[list[Unit]]) -> list[Segment]:
     """Read all shares into `table`, each of them but the first in a child.
 
     Raises:
@@ -141,12 +141,12 @@ class Child:
             return None
         return None if status else answer
 
-    def take(self, table: Table, answer: bytes) -> list[Stretch]:
+    def take(self, table: Table, answer: bytes) -> list[Segment]:
         """Join what it has read."""
         rare, stretches = orjson.loads(answer)
         self.table.take_json(rare)
         table.join(self.table)
-        return [Stretch.from_json(one) for one in stretches]
+        return [Segment.from_json(one) for one in stretches]
 
     def stop(self) -> None:
         """End it before it has finished."""

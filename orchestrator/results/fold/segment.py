@@ -17,7 +17,7 @@ from orchestrator.core.atomic import LONGEST, Json, JsonObject
 from orchestrator.results.records import as_index
 
 __all__ = [
-    "NUM_ATTEMPTS", "RecordFile", "Stretch", "Unit",
+    "NUM_ATTEMPTS", "RecordFile", "Segment", "Unit",
     "attempt_key", "attempt_of", "lines", "opened", "tail", "trial_of",
 ]  # fmt: skip
 
@@ -84,7 +84,7 @@ class _Known:
 
 
 @dataclass(slots=True)
-class Stretch(_Known):
+class Segment(_Known):
     """What was read of one file, from byte `start` on.
 
     Args:
@@ -131,7 +131,7 @@ class Stretch(_Known):
         }
 
     @classmethod
-    def from_json(cls, value: JsonObject) -> Stretch:
+    def from_json(cls, value: JsonObject) -> Segment:
         """The stretch of which `value` is the `to_json`."""
         return cls(
             **{name: cast("int", value[name]) for name in _COUNTS},
@@ -196,7 +196,7 @@ class RecordFile(_Known):
         """Submission and job, which all runs of a requeued job share."""
         return self.writer.get("submission"), self.writer.get("job")
 
-    def take(self, stretches: list[Stretch]) -> bool:
+    def take(self, stretches: list[Segment]) -> bool:
         """Take over what was read from `offset` on, in stretches that follow each other.
 
         Returns whether other lines count than before.
@@ -225,7 +225,7 @@ class RecordFile(_Known):
         self.has_lost = not all(_holds(now, run) for run in self.runs)
         self.runs = runs
 
-    def _take_rare(self, one: Stretch) -> None:
+    def _take_rare(self, one: Segment) -> None:
         self.writer = one.writer or self.writer
         self.notices.update(one.notices)
         for key, offset in one.open.items():

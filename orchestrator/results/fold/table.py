@@ -17,10 +17,10 @@ import orjson
 from orchestrator.core import atomic
 from orchestrator.core.atomic import Json, JsonObject
 from orchestrator.errors import FolderError
-from orchestrator.results.fold.columns import BEGUN, CLOSED, COMPLETE, STARTED, STATUSES, Rows, at, place
-from orchestrator.results.fold.line_cache import Lookback, payload_text
-from orchestrator.results.fold.rivals import Rivals
-from orchestrator.results.fold.segment import NUM_ATTEMPTS, RecordFile, Stretch, attempt_key, attempt_of, lines
+from orchestrator.results.fold.columns import BEGUN, CLOSED, COMPLETE, STARTED, STATUSES, Columns, at, place
+from orchestrator.results.fold.line_cache import LineCache, payload_text
+from orchestrator.results.fold.other_outcomes import OtherOutcomes
+from orchestrator.results.fold.segment import NUM_ATTEMPTS, RecordFile, Segment, attempt_key, attempt_of, lines
 from orchestrator.results.records import Cause, as_index
 
 __all__ = ["Table", "Vanished", "order"]
@@ -48,20 +48,20 @@ class Table:
     """
 
     def __init__(
-        self, files: Sequence[RecordFile], num_trials: int, trials: range, *, rows: Rows | None = None
+        self, files: Sequence[RecordFile], num_trials: int, trials: range, *, rows: Columns | None = None
     ) -> None:
         self._files = files
         self.num_trials = num_trials
         self.trials = trials
-        self.rows = Rows(num_trials, trials) if rows is None else rows
+        self.rows = Columns(num_trials, trials) if rows is None else rows
         self.next_attempt: dict[int, int] = {}
         """Where it is above 1."""
         self.closed: dict[int, bool] = {}
         """Attempts after the first with an outcome or an end, and whether they had begun."""
         self.ends: dict[int, dict[tuple[int, int], Cause]] = {}
         """Trial -> (attempt, file number) -> cause. Two live copies can number attempts alike: each is charged."""
-        self.rivals = Rivals()
-        self._lookback = Lookback(files)
+        self.rivals = OtherOutcomes()
+        self._lookback = LineCache(files)
         self.changed: list[int] | None = None
         """Rows in the order in which they were set, once somebody wants to know."""
         self.num_replaced = 0
@@ -69,13 +69,13 @@ class Table:
 
     # Reading
 
-    def read(self, number: int, start: int, stop: int | None = None) -> Stretch:
+    def read(self, number: int, start: int, stop: int | None = None) -> Segment:
         """Take the lines of a file from byte `start` up to `stop` or its end.
 
         Raises:
             FolderError: an intact line is not of this version; names it.
         """
-        found = Stretch(number, start, start, stop=start)
+        found = Segment(number, start, start, stop=start)
         self._lookback.forget()
         try:
             for offset, block in lines(self._files[number].path, start, stop):
@@ -84,7 +84,7 @@ class Table:
             found.fault = error.strerror or str(error)
         return found
 
-    def _take_block(self, found: Stretch, block: list[bytes], offset: int) -> None:
+    def _take_block(self, found: Segment, block: list[bytes], offset: int) -> None:
         """Take lines that follow those that were found; the first one is at `offset`.
 
         Every line of a sweep comes through this loop, so it is flat and its names are local. Most lines are the first
@@ -126,7 +126,7 @@ class Table:
             offset += len(line) + 1
         found.extend(block, bad, start, offset)
 
-    def _take(self, found: Stretch, offset: int, data: bytes) -> None:
+    def _take(self, found: Segment, offset: int, data: bytes) -> None:
         try:
             line = orjson.loads(data)
             kind = line.get("kind")
@@ -142,7 +142,7 @@ class Table:
                 f"({type(error).__name__}: {error}); read the sweep with the version that ran it"
             ) from error
 
-    def _take_trial(self, found: Stretch, offset: int, kind: Json, line: JsonObject) -> None:
+    def _take_trial(self, found: Segment, offset: int, kind: Json, line: JsonObject) -> None:
         if kind not in ("outcome", "start", "end"):
             return
         trial, attempt = as_index(line["trial"]), as_index(line.get("attempt"))
@@ -161,7 +161,7 @@ class Table:
                     self._take_end(trial, (attempt, found.number), cause)
             self._close(found, trial, attempt, begun=line.get("begun") is not False)
 
-    def _take_start(self, found: Stretch, offset: int, trial: int, attempt: int) -> None:
+    def _take_start(self, found: Segment, offset: int, trial: int, attempt: int) -> None:
         if attempt == 0:
             self.rows.marks[trial] |= STARTED
         elif attempt > 0:
@@ -170,7 +170,7 @@ class Table:
         if not self.is_closed(key):
             found.open[key] = min(offset, found.open.get(key, offset))
 
-    def _close(self, found: Stretch, trial: int, attempt: int, *, begun: bool) -> None:
+    def _close(self, found: Segment, trial: int, attempt: int, *, begun: bool) -> None:
         if attempt == 0:
             self.rows.marks[trial] |= CLOSED | BEGUN if begun else CLOSED
             found.open.pop(trial, None)
@@ -246,7 +246,7 @@ class Table:
 
     def twin(self) -> Table:
         """An empty table for the same trials, whose rows a child process can fill."""
-        return Table(self._files, self.num_trials, self.trials, rows=Rows(self.num_trials, self.trials, shared=True))
+        return Table(self._files, self.num_trials, self.trials, rows=Columns(self.num_trials, self.trials, shared=True))
 
     def join(self, other: Table) -> None:
         """Take over what another table over the same files and trials has seen; `changed`, and the other, are lost."""
@@ -287,7 +287,7 @@ class Table:
         kept = self.trials
         self.next_attempt = dict(cast("list[tuple[int, int]]", value["next_attempt"]))
         self.closed = dict(cast("list[tuple[int, bool]]", value["closed"]))
-        self.rivals = Rivals.from_json(cast("JsonObject", value["rivals"]), kept)
+        self.rivals = OtherOutcomes.from_json(cast("JsonObject", value["rivals"]), kept)
         ends = cast("list[tuple[int, list[tuple[int, int, str]]]]", value["ends"])
         self.ends = {
             trial: {(attempt, number): Cause(cause) for attempt, number, cause in its}

@@ -26,7 +26,7 @@ from orchestrator.results.fold.segment import lines, opened, tail
 from orchestrator.results.records import as_index, look
 from orchestrator.results.reduction_tree.reduction import Reduction
 
-__all__ = ["Look", "Part", "clear", "is_current", "read", "write"]
+__all__ = ["Look", "PartialReduction", "clear", "is_current", "read", "write"]
 
 SCHEMA: Final = 1
 _TAIL: Final = 1 << 14
@@ -36,7 +36,7 @@ _OTHERS = tuple(b'{"kind":"%b"' % kind for kind in (b"report", b"beat", b"start"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class PartialReduction:
     """What one reducer has left.
 
     Args:
@@ -61,7 +61,7 @@ class Look:
         self._unseen: dict[tuple[str, int], frozenset[int]] = {}
         self._sizes = {name.removesuffix(".jsonl"): seen.size for name, seen in look(paths).items()}
 
-    def bears_out(self, part: Part) -> bool:
+    def bears_out(self, part: PartialReduction) -> bool:
         """Whether all that the part has seen is still there, and no outcome of its trials that it may not hold.
 
         Lines after a damaged one count as unseen, so beside a torn file a part may be refused that is right.
@@ -117,7 +117,9 @@ def write(paths: SweepPaths, plan: PlanFile, reduction: Reduction) -> None:
     ((start, stop),) = reduction.spans
     now = Look(paths)
     tails = {writer: now.tail(writer, offset) for writer, offset in reduction.seen.items()}
-    part = Part(reduction=reduction, tails={writer: tail for writer, tail in tails.items() if tail is not None})
+    part = PartialReduction(
+        reduction=reduction, tails={writer: tail for writer, tail in tails.items() if tail is not None}
+    )
     if len(part.tails) < len(tails) or not now.bears_out(part):
         return
     header: JsonObject = {"kind": "part", "schema": SCHEMA, "sweep": plan.id, "planned": plan.num_trials}
@@ -130,7 +132,7 @@ def write(paths: SweepPaths, plan: PlanFile, reduction: Reduction) -> None:
             raise
 
 
-def read(paths: SweepPaths, plan: PlanFile, trials: range) -> Part | None:
+def read(paths: SweepPaths, plan: PlanFile, trials: range) -> PartialReduction | None:
     """The part of `trials`; None if it is missing, damaged, of another plan, or a third user's."""
     try:
         found = atomic.unchecked(_read_own(paths, trials).removesuffix(b"\n"))
@@ -143,7 +145,7 @@ def read(paths: SweepPaths, plan: PlanFile, trials: range) -> Part | None:
     spec = plan.spec
     expected = (plan.num_trials, ((trials.start, trials.stop),), spec.metric.goal, spec.reduce.top)
     known = (found.get("planned"), reduction.spans, reduction.goal, reduction.summary.top)
-    return Part(reduction=reduction, tails=tails) if known == expected else None
+    return PartialReduction(reduction=reduction, tails=tails) if known == expected else None
 
 
 def _read_own(paths: SweepPaths, trials: range) -> bytes:
@@ -160,7 +162,7 @@ def _tails(value: Json, reduction: Reduction) -> dict[str, int]:
     return found
 
 
-def is_current(paths: SweepPaths, part: Part) -> bool:
+def is_current(paths: SweepPaths, part: PartialReduction) -> bool:
     """Whether the records, as they are now, bear out what the part says of its trials."""
     return Look(paths).bears_out(part)
 

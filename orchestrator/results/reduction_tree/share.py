@@ -21,7 +21,7 @@ from orchestrator.core.paths import SweepPaths
 from orchestrator.results import top_models
 from orchestrator.results.fold import Fold
 from orchestrator.results.reduction_tree import parts
-from orchestrator.results.reduction_tree.parts import Look, Part
+from orchestrator.results.reduction_tree.parts import Look, PartialReduction
 from orchestrator.results.reduction_tree.reduction import Reduction
 from orchestrator.results.reduction_tree.tree import Node, Tree
 
@@ -43,7 +43,7 @@ class Share:
         self._plan = plan
         self._tree = tree
         self._trials = node.trials
-        self._parts: dict[Node, Part] = {}
+        self._parts: dict[Node, PartialReduction] = {}
         self._folds: list[tuple[range, Fold]] = []
         self._gather(tree.children(node) or [node], Look(paths))
         self._reduction: Reduction | None = None

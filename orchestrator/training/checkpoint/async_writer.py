@@ -1,6 +1,6 @@
 """Saving beside the training: a copy at the safe point, everything else in a thread of its own.
 
-    saver = Saver(checkpoints, Pace(clock=time.monotonic))
+    saver = AsyncWriter(checkpoints, SaveInterval(clock=time.monotonic))
     if saver.due(step):                                     at every safe point
         saver.save(step, lambda: capture(state, progress))  returns once the state is copied
     saver.save_now(step, ...)                               at a notice: returns once it is durable
@@ -24,10 +24,10 @@ import torch
 
 from orchestrator.errors import OrcError
 from orchestrator.training.checkpoint.files import Checkpoints, Gone
-from orchestrator.training.checkpoint.interval import Pace
+from orchestrator.training.checkpoint.interval import SaveInterval
 from orchestrator.training.checkpoint.serialization import Packed, Tree, pack
 
-__all__ = ["Cost", "Saver"]
+__all__ = ["AsyncWriter", "Cost"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ class _Flight(threading.Thread):
         )
 
 
-class Saver:
+class AsyncWriter:
     """Saves a trial's state; every method is for the thread that trains.
 
     A process that the job forks has no part in it: there, nothing is due and nothing is saved. It keeps as much memory
@@ -110,7 +110,7 @@ class Saver:
         OrcError: from `due`, `save` and `wait`, when the last save has failed; see `Checkpoints.save`.
     """
 
-    def __init__(self, checkpoints: Checkpoints | None, pace: Pace) -> None:
+    def __init__(self, checkpoints: Checkpoints | None, pace: SaveInterval) -> None:
         self._checkpoints = checkpoints
         self._pace = pace
         self._staging = _Staging()
@@ -208,7 +208,7 @@ class Saver:
         self._staging = _Staging()
 
 
-_SAVERS: weakref.WeakSet[Saver] = weakref.WeakSet()
+_SAVERS: weakref.WeakSet[AsyncWriter] = weakref.WeakSet()
 
 
 def _forget_all() -> None:

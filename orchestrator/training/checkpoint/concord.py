@@ -1,6 +1,6 @@
 """A keeper of several ranks: what one of them wishes at a safe point, all do at the same later one.
 
-    keeper = Concord(checkpoints, spec.checkpoint, party, hears=..., tells=...)       and on as with any `Keeper`
+    keeper = RankCheckpointManager(checkpoints, spec.checkpoint, party, hears=..., tells=...)
 
 A rank that stopped by itself to save would wait for others that train on. So at each safe point every rank says what it
 wishes, the first one also for its clock, and does what all are told: all give their part of the state, the first writes
@@ -13,39 +13,39 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from orchestrator.config.spec import Checkpoint as Wanted
-from orchestrator.core.atomic import JsonObject
+from orchestrator.config.spec import CheckpointOptions as Wanted
+from orchestrator.core.messages import Message, Superseded
 from orchestrator.distributed.consensus import Agreement, Wish
 from orchestrator.distributed.failure import is_of_others
-from orchestrator.distributed.rendezvous import Party
+from orchestrator.distributed.rendezvous import RankContext
 from orchestrator.errors import OrcError
 from orchestrator.training.checkpoint.files import Checkpoints, Gone
-from orchestrator.training.checkpoint.manager import LEAVE, SAVE, Interrupted, Keeper, Take, left
+from orchestrator.training.checkpoint.manager import LEAVE, SAVE, CheckpointManager, Interrupted, Take, left
 from orchestrator.training.checkpoint.serialization import Tree
 
-__all__ = ["Concord"]
+__all__ = ["RankCheckpointManager"]
 
 
-class Concord(Keeper):
+class RankCheckpointManager(CheckpointManager):
     """Keeps one trial's state, on one of its ranks.
 
     Args:
-        checkpoints: as for `Keeper`; only the first rank writes there.
-        wanted: as for `Keeper`.
+        checkpoints: as for `CheckpointManager`; only the first rank writes there.
+        wanted: as for `CheckpointManager`.
         party: the ranks, more than one.
-        hears: as for `Keeper`; every rank may hear.
-        tells: as for `Keeper`.
-        say: as for `Keeper`.
+        hears: as for `CheckpointManager`; every rank may hear.
+        tells: as for `CheckpointManager`.
+        say: as for `CheckpointManager`.
     """
 
     def __init__(
         self,
         checkpoints: Checkpoints,
         wanted: Wanted,
-        party: Party,
+        party: RankContext,
         *,
         hears: Callable[[], Iterable[str]] = tuple,
-        tells: Callable[[JsonObject], None] = lambda message: None,
+        tells: Callable[[Message], None] = lambda message: None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__(checkpoints, wanted, hears=hears, tells=tells, say=say, group=party.group)
@@ -64,7 +64,7 @@ class Concord(Keeper):
         self.look_s = 0.0  # all ranks look at every safe point: clocks differ
 
     def look(self, step: int, epochs: int, take: Take | None) -> None:
-        """As that of `Keeper`; every rank must call it, at the same safe points.
+        """As that of `CheckpointManager`; every rank must call it, at the same safe points.
 
         Raises:
             Interrupted: on all ranks, if they were asked to leave; on one, for its own reasons.
@@ -81,7 +81,7 @@ class Concord(Keeper):
             try:
                 self._do(agreed, step, epochs, take)
             except Gone as error:
-                raise Interrupted({"gone": str(error)}) from error
+                raise Interrupted(Superseded(reason=str(error))) from error
         if self._ranks.rank == 0:
             self._tell(step)
 

@@ -1,6 +1,6 @@
 """When a checkpoint is due: as the sweep says, or as the cost of saving and the chance of a failure say.
 
-    pace = Pace(clock=time.monotonic)               or every_s=600.0, or every_steps=1000
+    pace = SaveInterval(clock=time.monotonic)               or every_s=600.0, or every_steps=1000
     if pace.due(step):                              cheap enough for every step
         pace.begun(step)
         ...
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-__all__ = ["MTBF_S", "SHORTEST_S", "Pace", "interval_s"]
+__all__ = ["MTBF_S", "SHORTEST_S", "SaveInterval", "interval_s"]
 
 MTBF_S = 3600.0
 """Mean time between failures that is assumed, in seconds: machines that preempt are why checkpoints are written."""
@@ -66,7 +66,7 @@ def interval_s(cost_s: float, whole_s: float, age_s: float, mtbf_s: float = MTBF
     return max(optimum, whole_s / _MOST_WRITING, SHORTEST_S)
 
 
-class Pace:
+class SaveInterval:
     """When the next save is due. With neither `every_s` nor `every_steps` it follows `interval_s`.
 
     Args:

@@ -1,6 +1,6 @@
 """Keeps a trial's state: when to save it at a safe point, and what to do there when a notice has come.
 
-    keeper = Keeper(checkpoints, spec.checkpoint, hears=..., tells=...)
+    keeper = CheckpointManager(checkpoints, spec.checkpoint, hears=..., tells=...)
     found = keeper.newest()                             what an earlier attempt has left
     if keeper.clock() >= keeper.look_s:                 at every safe point; all that most of them cost
         keeper.look(step, epochs, take)
@@ -17,17 +17,16 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from orchestrator.config.spec import Checkpoint as Wanted
-from orchestrator.core.atomic import JsonObject
+from orchestrator.config.spec import CheckpointOptions as Wanted
+from orchestrator.core.messages import AttemptEnded, Cause, Message, Progress, Resumed, Superseded, Unable
 from orchestrator.errors import OrcError
-from orchestrator.results.records import Cause
-from orchestrator.training.checkpoint.async_writer import Saver
+from orchestrator.training.checkpoint.async_writer import AsyncWriter
 from orchestrator.training.checkpoint.files import Checkpoint, CheckpointError, Checkpoints, Gone
-from orchestrator.training.checkpoint.interval import Pace
+from orchestrator.training.checkpoint.interval import SaveInterval
 from orchestrator.training.checkpoint.serialization import Tree
-from orchestrator.training.checkpoint.state import Group, newest
+from orchestrator.training.checkpoint.state import StateGroup, newest
 
-__all__ = ["LEAVE", "SAVE", "STAY", "Interrupted", "Keeper", "left"]
+__all__ = ["LEAVE", "SAVE", "STAY", "CheckpointManager", "Interrupted", "left"]
 
 SAVE: Final = "save"
 LEAVE: Final = "leave"
@@ -56,18 +55,18 @@ class Interrupted(BaseException):
         answer: the message that ends the attempt.
     """
 
-    def __init__(self, answer: JsonObject) -> None:
+    def __init__(self, answer: Message) -> None:
         super().__init__(answer)
         self.answer = answer
 
 
-def left(step: int) -> JsonObject:
+def left(step: int) -> AttemptEnded:
     """The answer of an attempt that was asked to leave, and has been saved at `step`."""
     detail = f"saved at step {step}, to go on later" if step else "left before its first step, to go on later"
-    return {"end": Cause.PREEMPTED.value, "detail": detail, "step": step}
+    return AttemptEnded(cause=Cause.PREEMPTED, detail=detail, step=step)
 
 
-class Keeper:
+class CheckpointManager:
     """Keeps one trial's state.
 
     Args:
@@ -87,9 +86,9 @@ class Keeper:
         wanted: Wanted,
         *,
         hears: Callable[[], Iterable[str]] = tuple,
-        tells: Callable[[JsonObject], None] = lambda message: None,
+        tells: Callable[[Message], None] = lambda message: None,
         say: Callable[[str], None] = lambda line: None,
-        group: Group | None = None,
+        group: StateGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -100,8 +99,10 @@ class Keeper:
         self._say = say
         self._group = group
         self._every = wanted.interval
-        self._pace = Pace(clock=clock, every_s=self._every.seconds, every_steps=self._every.steps, mtbf_s=wanted.mtbf_s)
-        self._saver: Saver | None = None
+        self._pace = SaveInterval(
+            clock=clock, every_s=self._every.seconds, every_steps=self._every.steps, mtbf_s=wanted.mtbf_s
+        )
+        self._saver: AsyncWriter | None = None
         self._is_off = self._every.is_off
         self._sleep = sleep
         self._wish: str | None = None
@@ -136,7 +137,7 @@ class Keeper:
         try:
             found = None if self._is_off else newest(self._checkpoints, self._group)
         except CheckpointError as error:
-            raise Interrupted({"broken": str(error)}) from error
+            raise Interrupted(Unable(reason=str(error))) from error
         if found is None:
             self.resumed(0, 0)
         return found
@@ -147,7 +148,7 @@ class Keeper:
         self._last = step, epochs
         self._resumed = step or None
         self._say(f"--- goes on from step {step}" if step else "--- begins anew: no checkpoint was left")
-        self._tells({"resumed": step})
+        self._tells(Resumed(step=step))
 
     def close(self) -> None:
         """Return once nothing is being written any more."""
@@ -181,7 +182,7 @@ class Keeper:
             elif take is not None and self._is_due(step, epochs):
                 self._save(step, epochs, take)
         except Gone as error:
-            raise Interrupted({"gone": str(error)}) from error
+            raise Interrupted(Superseded(reason=str(error))) from error
         self._tell(step)
         self._plan()
 
@@ -216,10 +217,10 @@ class Keeper:
         is_busy = self._saver is not None and self._saver.is_busy
         return epochs - self._last[1] >= self._every.epochs and not is_busy
 
-    def _opened(self) -> Saver:
+    def _opened(self) -> AsyncWriter:
         if self._saver is None:
             is_first = self._group is None or self._group.rank == 0
-            self._saver = Saver(self._checkpoints if is_first else None, self._pace)
+            self._saver = AsyncWriter(self._checkpoints if is_first else None, self._pace)
         return self._saver
 
     def _save(self, step: int, epochs: int, take: Take) -> None:
@@ -268,7 +269,7 @@ class Keeper:
             raise
         except OrcError as error:
             if must:
-                raise Interrupted({"broken": str(error)}) from error
+                raise Interrupted(Unable(reason=str(error))) from error
             self._complain(_UNWRITTEN, f": {error}")
             return False
         except Exception as error:  # whatever the job's own state_dict() raises
@@ -303,4 +304,4 @@ class Keeper:
         if now >= self._tell_s:
             self._tell_s = now + max(_TOLD_S, _TOLD_PART * (now - self._start_s))
             saved = None if self._saver is None else self._saver.saved
-            self._tells({"at": {"step": step, "saved": self._resumed if saved is None else saved}})
+            self._tells(Progress(step=step, saved=self._resumed if saved is None else saved))

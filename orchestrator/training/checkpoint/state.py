@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from orchestrator.training.checkpoint.files import Checkpoint, CheckpointError, Checkpoints, Refused
 from orchestrator.training.checkpoint.serialization import Tree, decode, encode, pack, unpack
 
-__all__ = ["Group", "Misfit", "Training", "capture", "gather", "newest", "restore"]
+__all__ = ["Misfit", "StateGroup", "Training", "capture", "gather", "newest", "restore"]
 
 Branch: TypeAlias = "dict[str, Tree]"
 
@@ -42,7 +42,7 @@ class Training(Protocol):
     others: dict[str, object]
 
 
-class Group(Protocol):
+class StateGroup(Protocol):
     """The ranks that train one trial together."""
 
     @property
@@ -57,7 +57,7 @@ class Group(Protocol):
         """What each rank gave, by rank; all of one shape and dtype, on the CPU."""
 
 
-def gather(tree: Tree, group: Group | None) -> list[Tree]:
+def gather(tree: Tree, group: StateGroup | None) -> list[Tree]:
     """What each rank gave, by rank. Every rank must call this; None is a group of one."""
     if group is None or group.world_size == 1:
         return [tree]
@@ -80,7 +80,7 @@ def _named(of: Training) -> Iterator[tuple[str, object]]:
 
 
 @torch.no_grad()
-def capture(training: Training, progress: Tree, group: Group | None = None, *, gradients: bool = False) -> Tree:
+def capture(training: Training, progress: Tree, group: StateGroup | None = None, *, gradients: bool = False) -> Tree:
     """The state of `training` at this moment. Its tensors are the live ones: pack and copy it before the next step.
 
     Args:
@@ -220,7 +220,7 @@ def _branch(tree: Tree) -> Branch:
 
 
 @torch.no_grad()
-def restore(training: Training, tree: Tree, group: Group | None = None) -> Tree:
+def restore(training: Training, tree: Tree, group: StateGroup | None = None) -> Tree:
     """Put a captured state into `training`, which was built anew by the code that built the captured one.
 
     Generators come last, so whatever restoring draws from them is undone.
@@ -349,7 +349,7 @@ def _placed(value: Tree, loaded: object, device: torch.device) -> Tree:
 
 def newest(
     checkpoints: Checkpoints,
-    group: Group | None = None,
+    group: StateGroup | None = None,
     *,
     visible_s: float = 90.0,
     clock: Callable[[], float] = time.monotonic,

@@ -54,7 +54,7 @@ def num_samples(samples: Samples) -> int:
 
 
 def prepared(
-    samples: Samples, seed: int, *, augment: Augment | None = None, keyed: bool = False, loaders: int = 0
+    samples: Samples, seed: int, *, augment: Augment | None = None, keyed: bool = False, num_workers: int = 0
 ) -> Samples:
     """The samples of one epoch, in a form of this module again; the same ones, where nothing is to be done.
 
@@ -66,20 +66,20 @@ def prepared(
         seed: of the trial's epoch, from which the keys follow.
         augment: applied to each sample; None to leave it as it is.
         keyed: whether each sample is followed by its key.
-        loaders: how many processes read them.
+        num_workers: how many processes read them.
 
     Raises:
-        ValueError: `loaders` is negative.
+        ValueError: `num_workers` is negative.
     """
-    if loaders < 0:
-        raise ValueError(f"loaders is a number of processes, at least 0, found {loaders}")
+    if num_workers < 0:
+        raise ValueError(f"num_workers is a number of processes, at least 0, found {num_workers}")
     tensors = _tensors(samples)
-    if tensors is not None and augment is None and not loaders:
+    if tensors is not None and augment is None and not num_workers:
         return (*tensors, keys_of(seed, torch.arange(len(tensors[0]), device="cpu"))) if keyed else samples
-    if augment is None and not keyed and not loaders:
+    if augment is None and not keyed and not num_workers:
         return samples
     one_by_one = _Rows(tensors) if tensors is not None else cast(ByIndex, samples)
-    return Prepared(one_by_one, seed, augment=augment, keyed=keyed, num_loaders=loaders)
+    return Prepared(one_by_one, seed, augment=augment, keyed=keyed, num_loaders=num_workers)
 
 
 class _Rows:
@@ -223,8 +223,8 @@ def part(batch: Batch, first: int, last: int) -> Batch:
             return {key: cut(inner) for key, inner in of.items()}
         what = f"a tensor of shape {tuple(of.shape)}" if isinstance(of, torch.Tensor) else repr(of)
         raise TypeError(
-            f"a batch of {num} samples can be taken in portions if all in it is tensors with the samples along the "
-            f"first dimension; found {what}"
+            f"a batch of {num} samples can be taken in micro-batches if all in it is tensors with the samples along "
+            f"the first dimension; found {what}"
         )
 
     return cut(batch)

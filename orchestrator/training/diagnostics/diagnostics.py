@@ -21,11 +21,11 @@ from typing import Final, TypeVar
 import torch
 
 from orchestrator.training.data.dataset import Batch, length
-from orchestrator.training.data_parallel import Portion
+from orchestrator.training.data_parallel import MicroBatch
 from orchestrator.training.diagnostics.hessian import Hessian
 from orchestrator.training.isolated import aside, copied
 from orchestrator.training.precision import Losses
-from orchestrator.training.team import Team, cut
+from orchestrator.training.team import TrialRanks, cut
 from orchestrator.training.values import trained_on
 
 __all__ = ["Wanted", "Watch", "activation_norms", "gradient_norms", "line"]
@@ -119,7 +119,7 @@ def activation_norms(losses: Losses, net: torch.nn.Module, batch: Batch) -> dict
         batch: what `losses` takes.
     """
     names = _leaves(net)
-    sums = _activations(losses, net, [Portion(batch, length(batch))])
+    sums = _activations(losses, net, [MicroBatch(batch, length(batch))])
     return {name: total / num for name, (total, num) in zip(names, sums.tolist(), strict=True) if num}
 
 
@@ -128,7 +128,7 @@ def _leaves(net: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 @torch.no_grad()
-def _activations(losses: Losses, net: torch.nn.Module, portions: Sequence[Portion]) -> torch.Tensor:
+def _activations(losses: Losses, net: torch.nn.Module, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
     """For each leaf the sum of its outputs' norms, and their number: shape (leaves, 2), float64, on the CPU."""
     leaves = _leaves(net)
     found: dict[str, list[torch.Tensor]] = {name: [] for name in leaves}
@@ -142,9 +142,9 @@ def _activations(losses: Losses, net: torch.nn.Module, portions: Sequence[Portio
     hooks = [module.register_forward_hook(partial(take, name)) for name, module in leaves.items()]
     try:
         with aside(net):
-            for portion in portions:
-                if portion.num:
-                    trained_on(losses, net, copied(portion.batch))
+            for micro_batch in micro_batches:
+                if micro_batch.num:
+                    trained_on(losses, net, copied(micro_batch.batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -183,14 +183,14 @@ class Watch:
         wanted: Wanted,
         *,
         seed: int,
-        team: Team | None = None,
+        team: TrialRanks | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.wanted = wanted
         self._net, self._seed, self._team, self._clock = net, seed, team, clock
         self._device = next((one.device for one in net.parameters()), torch.device("cpu"))
         self._layers = _Layers(net) if wanted.norms else None
-        self._look_at: tuple[Losses, list[Portion], int] | None = None
+        self._look_at: tuple[Losses, list[MicroBatch], int] | None = None
         if team is not None and wanted.throughput:
             team.time_waits()
         self._begin()
@@ -226,12 +226,12 @@ class Watch:
             yield batch  # type: ignore[misc]  # it is none of ours
 
     @contextlib.contextmanager
-    def step(self, losses: Losses, batch: Batch, portions: int) -> Iterator[None]:
+    def step(self, losses: Losses, batch: Batch, micro_batches: int) -> Iterator[None]:
         """One step of the optimizer."""
         share = None if self._team is None else self._team.share
         num, total = share or (length(batch), length(batch) * (1 if self._team is None else self._team.world_size))
         if self.wanted.looks_again:  # the last batch that there is; which one that will be is not known
-            self._look_at = (losses, cut(copied(batch), num, portions), total)
+            self._look_at = (losses, cut(copied(batch), num, micro_batches), total)
         with self.spent("compute"):
             yield
             if self.wanted.throughput and self._device.type == "cuda":
@@ -284,29 +284,29 @@ class Watch:
         """What takes another look at the last step's batch, in training as it was."""
         if self._look_at is None:
             return {}
-        (losses, portions, total), self._look_at = self._look_at, None
+        (losses, micro_batches, total), self._look_at = self._look_at, None
         training = [(module, module.training) for module in self._net.modules()]
         if not self._net.training:  # as a step has it
             self._net.train()
-        found = self._activations(losses, portions) | self._curvature(losses, portions, total)
+        found = self._activations(losses, micro_batches) | self._curvature(losses, micro_batches, total)
         for module, was in training:
             module.training = was
         return found
 
-    def _activations(self, losses: Losses, portions: list[Portion]) -> dict[str, float]:
+    def _activations(self, losses: Losses, micro_batches: list[MicroBatch]) -> dict[str, float]:
         if not self.wanted.norms:
             return {}
-        sums = _activations(losses, self._net, portions)
+        sums = _activations(losses, self._net, micro_batches)
         if self._team is not None:
             sums = self._team.summed(sums.to(self._device)).cpu()
         named = zip(_leaves(self._net), sums.tolist(), strict=True)
         return {_under("activation_norm", name): total / num for name, (total, num) in named if num}
 
-    def _curvature(self, losses: Losses, portions: list[Portion], total: int) -> dict[str, float]:
+    def _curvature(self, losses: Losses, micro_batches: list[MicroBatch], total: int) -> dict[str, float]:
         if not self.wanted.curvature:
             return {}
         summed = (lambda part: part) if self._team is None else self._team.summed
-        shares = [(one.batch, one.num / total) for one in portions]
+        shares = [(one.batch, one.num / total) for one in micro_batches]
         hessian = Hessian(partial(trained_on, losses), self._net, shares, summed=summed)
         found = hessian.largest(self.wanted.curvature, self._seed)
         return {"curvature": found.value, "curvature_error": found.error}

@@ -88,7 +88,7 @@ class Hessian:
     Args:
         loss: per-sample values.
         net: the network; left as it was by whatever is done here.
-        portions: what `loss` takes, and which part of the whole each is. Only one passes through the network at once.
+        micro_batches: what `loss` takes, and which part of the whole each is; one at a time passes through.
         summed: the sum over all ranks of what each has; this process is alone by default.
 
     Raises:
@@ -99,11 +99,11 @@ class Hessian:
         self,
         loss: PerSample,
         net: torch.nn.Module,
-        portions: Sequence[tuple[Batch, float]],
+        micro_batches: Sequence[tuple[Batch, float]],
         *,
         summed: Summed = lambda part: part,
     ) -> None:
-        self._loss, self._net, self._portions, self._summed = loss, net, portions, summed
+        self._loss, self._net, self._portions, self._summed = loss, net, micro_batches, summed
         self._parameters = [one for one in net.parameters() if one.requires_grad]
         if not self._parameters:
             raise NoCurvature("the network has no parameters in training, so there is nothing to differentiate by")

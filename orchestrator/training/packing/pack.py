@@ -31,7 +31,7 @@ from orchestrator.core.atomic import JsonObject
 from orchestrator.results.objective import Diverged
 from orchestrator.stats.summary import Summary
 from orchestrator.training.checkpoint.files import Checkpoint
-from orchestrator.training.checkpoint.manager import Keeper
+from orchestrator.training.checkpoint.manager import CheckpointManager
 from orchestrator.training.checkpoint.serialization import Tree
 from orchestrator.training.data import dataset
 from orchestrator.training.data.loading import Augment
@@ -124,7 +124,7 @@ class PackedTrial(Trial):
         attempt: int = 0,
         device: torch.device | None = None,
         asked_to_stop: Callable[[], bool] = lambda: False,
-        keeper: Keeper | None = None,
+        keeper: CheckpointManager | None = None,
         found: Checkpoint | None = None,
     ) -> None:
         if not members:
@@ -175,9 +175,9 @@ class PackedTrial(Trial):
     def index(self, index: int) -> None:
         self._index = index
 
-    def keep(self, **parts: object) -> NoReturn:
+    def prepare(self, **parts: object) -> NoReturn:
         """A network that the job makes itself can't be stacked."""
-        raise Unpackable("the job makes its network itself, by trial.keep, and a pack needs trial.build(build)")
+        raise Unpackable("the job makes its network itself, by trial.prepare, and a pack needs trial.build(build)")
 
     def watch(self, **wanted: object) -> NoReturn:
         """What is watched would be the pack's, and no trial's."""
@@ -235,7 +235,7 @@ class PackedTrial(Trial):
         num: int | None = None,
         augment: Augment | None = None,
         keyed: bool = False,
-        loaders: int = 0,
+        num_workers: int = 0,
     ) -> Iterator[dataset.Batch]:
         """As for a trial: each member's batches in its own order, for `step` alone. Without an order all share them.
 
@@ -244,9 +244,9 @@ class PackedTrial(Trial):
             ValueError: the weights don't fit the samples, or not to what else is given.
         """
         tensors = _in_memory(samples)
-        if augment is not None or keyed or loaders:
+        if augment is not None or keyed or num_workers:
             raise Unpackable(
-                "trial.batches was given augment, keyed or loaders, and a pack takes its samples as they are"
+                "trial.batches was given augment, keyed or num_workers, and a pack takes its samples as they are"
             )
         size = dataset.num_samples(tensors)
         order = Order.of(size, shuffle=shuffle, weights=weights, replacement=replacement, num=num)
@@ -274,11 +274,11 @@ class PackedTrial(Trial):
             yield Stacked(tuple(part.view(members, -1, *part.shape[1:]) for part in taken))
 
     def step(
-        self, losses: Losses, batch: dataset.Batch, *, portions: int = 1, clip_norm: float | None = None
+        self, losses: Losses, batch: dataset.Batch, *, micro_batches: int = 1, clip_norm: float | None = None
     ) -> torch.Tensor:
         """As for a trial, of each member; returns each one's mean, detached, as a `PerMember`."""
-        if portions < 1:
-            raise ValueError(f"portions is in how many parts a batch is taken, at least 1, not {portions}")
+        if micro_batches < 1:
+            raise ValueError(f"micro_batches is in how many parts a batch is taken, at least 1, not {micro_batches}")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm is the largest norm of the gradients, a positive number, not {clip_norm}")
         stack, opt = self._stack, self.opt
@@ -286,7 +286,7 @@ class PackedTrial(Trial):
             stack.train()
         for slot in stack.slots:
             slot.stack.grad = None
-        taken = [self._gradients(losses, part, share) for part, share in _cut(batch, portions)]
+        taken = [self._gradients(losses, part, share) for part, share in _cut(batch, micro_batches)]
         if clip_norm is not None:
             _clip([slot.stack.grad for slot in stack.slots if slot.stack.grad is not None], clip_norm)
         opt.step()
@@ -567,12 +567,12 @@ def _in_memory(samples: object) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _cut(batch: dataset.Batch, portions: int) -> list[tuple[dataset.Batch, float]]:
+def _cut(batch: dataset.Batch, micro_batches: int) -> list[tuple[dataset.Batch, float]]:
     """Parts of a batch, and each one's share of its samples."""
-    if portions == 1:
+    if micro_batches == 1:
         return [(batch, 1.0)]
     own = batch.parts[0].shape[1] if isinstance(batch, Stacked) else dataset.length(batch)
-    bounds = [own * number // min(portions, own) for number in range(min(portions, own) + 1)]
+    bounds = [own * number // min(micro_batches, own) for number in range(min(micro_batches, own) + 1)]
     return [(_part(batch, first, last), (last - first) / own) for first, last in pairwise(bounds)]
 
 

@@ -1,4 +1,4 @@
-"""Rivals: where the outcomes are that do not count, of trials that have more than one."""
+"""Other outcomes: where the outcomes are that do not count, of trials that have more than one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import cast
 
 from orchestrator.core.atomic import Json, JsonObject
 
-__all__ = ["Rivals"]
+__all__ = ["OtherOutcomes"]
 
 
-class Rivals:
+class OtherOutcomes:
     """Trial -> places of its outcomes besides the kept one; and which trials have outcomes that are not equal.
 
     A sweep of which everything was done twice has one rival a trial, so that one is kept at the cost of an integer.
@@ -44,7 +44,7 @@ class Rivals:
         for trial, places in self._more.items():
             yield from ((trial, where) for where in places)
 
-    def join(self, other: Rivals) -> None:
+    def join(self, other: OtherOutcomes) -> None:
         """Take over those of another table."""
         for trial, where in other:
             self.add(trial, where)
@@ -56,7 +56,7 @@ class Rivals:
         return {"places": [number for pair in self for number in pair], "unequal": unequal}
 
     @classmethod
-    def from_json(cls, value: JsonObject, trials: range) -> Rivals:
+    def from_json(cls, value: JsonObject, trials: range) -> OtherOutcomes:
         """Those of some trials, of which `value` is the `to_json`."""
         found = cls()
         flat = cast("list[int]", value["places"])
